@@ -1,0 +1,44 @@
+"""The one contract between data and model: a microbatch of packed sequences with images spliced in.
+
+Shape letters: B sequences, T tokens, I images, S image side in pixels, L latents (slots) of an image.
+"""
+
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class MultimodalBatch:
+    """One microbatch of one data-parallel rank.
+
+    A batch without images is a normal one: `images` is then `[0, 3, S, S]` and `image_positions` `[0, 2]`.
+    """
+
+    input_ids: Tensor
+    """[B, T] int64. An image's L slots hold the padding id; the model overwrites their embeddings."""
+    labels: Tensor
+    """[B, T] int64. The id that follows each position; meaningless where `loss_mask` is false."""
+    loss_mask: Tensor
+    """[B, T] bool. True where the label is a text token (or the end of a document), false on image tokens and padding."""
+    position_ids: Tensor
+    """[B, T] int64. Positions within the sequence, 0 ≤ position < T."""
+    document_ids: Tensor
+    """[B, T] int32. Number of the document within its sequence, counted from 0; padding has -1."""
+    images: Tensor
+    """[I, 3, S, S] float32, normalized as CLIP wants them. [0, 3, S, S] on ranks that hold no vision tower."""
+    image_positions: Tensor
+    """[I, 2] int64. Row and column of each image's first slot; its slots are the L columns from there."""
+    sources: Tensor
+    """[B] int64. Index into `prompt.SOURCE_KINDS` of the corpus that each sequence comes from."""
+
+    @property
+    def num_target_tokens(self) -> int:
+        """Positions that count in the loss."""
+        return int(self.loss_mask.sum())
+
+    def to(self, device: torch.device) -> "MultimodalBatch":
+        """Return the batch with every tensor on `device`."""
+        moved = {field.name: getattr(self, field.name).to(device, non_blocking=True) for field in fields(self)}
+        return MultimodalBatch(**moved)

@@ -1,0 +1,55 @@
+"""Reading a run's YAML with dotted overrides, and writing the resolved configuration back."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import ValidationError
+
+from megatron_kosmos.config.run import RunConfig
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot run; the message names file, field, value and what is legal."""
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read `path`, apply `a.b=c` overrides in order and return the checked configuration.
+
+    Raises ConfigError for a missing file, broken YAML, an unknown field, a wrong type or an illegal combination.
+    """
+    try:
+        tree = OmegaConf.load(path)
+    except FileNotFoundError as error:
+        raise ConfigError(f"no configuration at {path}; the presets are in configs/") from error
+    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}") from error
+    for override in overrides:
+        if "=" not in override:
+            raise ConfigError(f"override {override!r} is not of the form a.b=c")
+    try:
+        tree = OmegaConf.merge(tree, OmegaConf.from_dotlist(list(overrides)))
+        values = OmegaConf.to_container(tree, resolve=True)
+    except (OmegaConfBaseException, yaml.YAMLError, AttributeError, TypeError) as error:
+        raise ConfigError(f"{path} with {list(overrides)}: {error}") from error
+    return parse_config(values, str(path))
+
+
+def parse_config(values: object, origin: str) -> RunConfig:
+    """Check plain `values` read from `origin`. Raises ConfigError naming each bad field."""
+    try:
+        return RunConfig.model_validate(values)
+    except ValidationError as error:
+        lines = [f"{origin}: {error.error_count()} problem(s)"]
+        for problem in error.errors():
+            field = ".".join(str(part) for part in problem["loc"]) or "(whole configuration)"
+            given = "" if problem["type"] == "missing" or isinstance(problem["input"], dict) else f" (got {problem['input']!r})"
+            lines.append(f"  {field}: {problem['msg'].removeprefix('Value error, ')}{given}")
+        raise ConfigError("\n".join(lines)) from error
+
+
+def save_config(config: RunConfig, path: Path) -> None:
+    """Write every resolved setting to `path` as YAML that `load_config` reads back to an equal configuration."""
+    path.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), encoding="utf-8")

@@ -1,0 +1,131 @@
+"""The root of a run's configuration: every setting of one training run, and the checks that cross sections."""
+
+from pathlib import Path
+from typing import Self
+
+from pydantic import NonNegativeInt, PositiveInt, model_validator
+
+from megatron_kosmos.config.base import StrictModel
+from megatron_kosmos.config.data import DataConfig
+from megatron_kosmos.config.model import ModelConfig
+from megatron_kosmos.config.parallel import ParallelConfig
+from megatron_kosmos.config.training import OptimizerConfig, TrainingConfig
+
+
+class LoggingConfig(StrictModel):
+    """What the loop writes and how often, in optimizer steps."""
+
+    metrics_every: PositiveInt = 1
+    """Steps between lines of metrics.jsonl and points in TensorBoard."""
+    evaluate_every: NonNegativeInt = 0
+    """Steps between evaluations on `data.heldout`; 0 evaluates only when asked."""
+    evaluation_sequences: PositiveInt = 64
+    """Sequences of each held-out corpus that an evaluation reads."""
+    sample_captions: NonNegativeInt = 8
+    """Held-out pictures whose captions are written to TensorBoard at each evaluation."""
+    profile_steps: tuple[int, int] | None = None
+    """First and last step to record with torch.profiler, for TensorBoard; null records none."""
+
+
+class CheckpointConfig(StrictModel):
+    """When checkpoints are written, and which are kept."""
+
+    every: NonNegativeInt = 0
+    """Steps between checkpoints; 0 writes one at the end only."""
+    keep_last: PositiveInt = 2
+    """Newest checkpoints to keep."""
+
+
+class RunConfig(StrictModel):
+    """Everything that defines a run. One YAML file holds it."""
+
+    run_dir: Path
+    """Folder of config.yaml, metrics.jsonl, tensorboard/ and checkpoints/."""
+    model: ModelConfig
+    parallel: ParallelConfig = ParallelConfig()
+    training: TrainingConfig
+    optimizer: OptimizerConfig
+    data: DataConfig
+    logging: LoggingConfig = LoggingConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+
+    @model_validator(mode="after")
+    def _sections_agree(self) -> Self:
+        decoder, parallel = self.model.decoder, self.parallel
+        for field, value in (
+            ("model.decoder.num_heads", decoder.num_heads),
+            ("model.decoder.ffn_width", decoder.ffn_width),
+            ("model.decoder.vocab_multiple", decoder.vocab_multiple),
+            ("model.decoder.num_query_groups", decoder.num_query_groups or decoder.num_heads),
+        ):
+            if value % parallel.tensor_parallel_size:
+                raise ValueError(
+                    f"{field}={value} is not a multiple of parallel.tensor_parallel_size={parallel.tensor_parallel_size}"
+                )
+        if self.data.sequence_length > decoder.max_sequence_length:
+            raise ValueError(
+                f"data.sequence_length={self.data.sequence_length} exceeds "
+                f"model.decoder.max_sequence_length={decoder.max_sequence_length}"
+            )
+        if self.data.sequence_length < self.model.resampler.num_latents + 3:
+            raise ValueError(
+                f"data.sequence_length={self.data.sequence_length} holds no image of "
+                f"model.resampler.num_latents={self.model.resampler.num_latents} slots and its two markers"
+            )
+        if parallel.sequence_parallel and self.data.sequence_length % parallel.tensor_parallel_size:
+            raise ValueError(
+                f"sequence_parallel: data.sequence_length={self.data.sequence_length} is not a multiple of "
+                f"parallel.tensor_parallel_size={parallel.tensor_parallel_size}"
+            )
+        self._check_chunk_layers()
+        if self.optimizer.warmup_steps > self.training.steps:
+            raise ValueError(
+                f"optimizer.warmup_steps={self.optimizer.warmup_steps} exceeds training.steps={self.training.steps}"
+            )
+        return self
+
+    def _check_chunk_layers(self) -> None:
+        num_layers, parallel = self.model.decoder.num_layers, self.parallel
+        if parallel.chunk_layers is not None:
+            if len(parallel.chunk_layers) != parallel.num_chunks or sum(parallel.chunk_layers) != num_layers:
+                raise ValueError(
+                    f"parallel.chunk_layers={list(parallel.chunk_layers)} must be {parallel.num_chunks} numbers "
+                    f"(pipeline x virtual) that add up to model.decoder.num_layers={num_layers}"
+                )
+            if min(parallel.chunk_layers) < 1:
+                raise ValueError(f"parallel.chunk_layers={list(parallel.chunk_layers)}: every chunk needs a layer")
+        elif num_layers < parallel.num_chunks:
+            raise ValueError(
+                f"model.decoder.num_layers={num_layers} cannot be cut into {parallel.num_chunks} chunks "
+                f"(pipeline x virtual); each needs a layer"
+            )
+
+    def data_parallel_size(self, world_size: int) -> int:
+        """Return the data-parallel size under `world_size` ranks.
+
+        Raises ValueError when the ranks, the batch and the layout don't fit each other.
+        """
+        parallel, training = self.parallel, self.training
+        if world_size % parallel.model_parallel_size:
+            raise ValueError(
+                f"{world_size} processes cannot be cut into parallel.tensor_parallel_size="
+                f"{parallel.tensor_parallel_size} x parallel.pipeline_parallel_size={parallel.pipeline_parallel_size}; "
+                f"start a multiple of {parallel.model_parallel_size}"
+            )
+        size = world_size // parallel.model_parallel_size
+        if training.global_batch_size % (training.micro_batch_size * size):
+            raise ValueError(
+                f"training.global_batch_size={training.global_batch_size} is not a multiple of "
+                f"training.micro_batch_size={training.micro_batch_size} x {size} data-parallel ranks"
+            )
+        num_microbatches = training.global_batch_size // (training.micro_batch_size * size)
+        if parallel.virtual_pipeline_parallel_size > 1 and num_microbatches % parallel.pipeline_parallel_size:
+            raise ValueError(
+                f"the interleaved schedule needs microbatches in multiples of parallel.pipeline_parallel_size="
+                f"{parallel.pipeline_parallel_size}, not {num_microbatches}; change training.global_batch_size"
+            )
+        return size
+
+    def num_microbatches(self, world_size: int) -> int:
+        """Return the microbatches that each data-parallel rank runs in one step."""
+        return self.training.global_batch_size // (self.training.micro_batch_size * self.data_parallel_size(world_size))
