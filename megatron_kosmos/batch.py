@@ -21,7 +21,7 @@ class MultimodalBatch:
     labels: Tensor
     """[B, T] int64. The id that follows each position; meaningless where `loss_mask` is false."""
     loss_mask: Tensor
-    """[B, T] bool. True where the label is a text token (or the end of a document), false on image tokens and padding."""
+    """[B, T] bool. True where the label is a text token or the end of a document, not on image tokens and padding."""
     position_ids: Tensor
     """[B, T] int64. Positions within the sequence, 0 ≤ position < T."""
     document_ids: Tensor

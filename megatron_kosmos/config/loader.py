@@ -30,8 +30,8 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
         if "=" not in override:
             raise ConfigError(f"override {override!r} is not of the form a.b=c")
     try:
-        tree = OmegaConf.merge(tree, OmegaConf.from_dotlist(list(overrides)))
-        values = OmegaConf.to_container(tree, resolve=True)
+        merged = OmegaConf.merge(tree, OmegaConf.from_dotlist(list(overrides)))
+        values = OmegaConf.to_container(merged, resolve=True)
     except (OmegaConfBaseException, yaml.YAMLError, AttributeError, TypeError) as error:
         raise ConfigError(f"{path} with {list(overrides)}: {error}") from error
     return parse_config(values, str(path))
@@ -45,7 +45,8 @@ def parse_config(values: object, origin: str) -> RunConfig:
         lines = [f"{origin}: {error.error_count()} problem(s)"]
         for problem in error.errors():
             field = ".".join(str(part) for part in problem["loc"]) or "(whole configuration)"
-            given = "" if problem["type"] == "missing" or isinstance(problem["input"], dict) else f" (got {problem['input']!r})"
+            shows_input = problem["type"] != "missing" and not isinstance(problem["input"], dict)
+            given = f" (got {problem['input']!r})" if shows_input else ""
             lines.append(f"  {field}: {problem['msg'].removeprefix('Value error, ')}{given}")
         raise ConfigError("\n".join(lines)) from error
 

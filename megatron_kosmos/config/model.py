@@ -52,7 +52,9 @@ class DecoderConfig(StrictModel):
         if self.width % self.num_heads:
             raise ValueError(f"width={self.width} is not a multiple of num_heads={self.num_heads}")
         if self.num_query_groups is not None and self.num_heads % self.num_query_groups:
-            raise ValueError(f"num_heads={self.num_heads} is not a multiple of num_query_groups={self.num_query_groups}")
+            raise ValueError(
+                f"num_heads={self.num_heads} is not a multiple of num_query_groups={self.num_query_groups}"
+            )
         if self.xpos and self.head_size % 2:
             raise ValueError(f"xpos rotates pairs: width/num_heads={self.head_size} must be even")
         return self

@@ -60,7 +60,8 @@ class RunConfig(StrictModel):
         ):
             if value % parallel.tensor_parallel_size:
                 raise ValueError(
-                    f"{field}={value} is not a multiple of parallel.tensor_parallel_size={parallel.tensor_parallel_size}"
+                    f"{field}={value} is not a multiple of "
+                    f"parallel.tensor_parallel_size={parallel.tensor_parallel_size}"
                 )
         if self.data.sequence_length > decoder.max_sequence_length:
             raise ValueError(

@@ -1,0 +1,5 @@
+"""`python -m megatron_kosmos` is the `kosmos` command, for torchrun."""
+
+from megatron_kosmos.cli.main import main
+
+main()

@@ -1,0 +1,53 @@
+"""The `kosmos` command: an application that gathers the sub-commands of the modules beside it.
+
+Each module defines `register(app)` and loads torch inside its command only, so that `kosmos --help` answers at once.
+"""
+
+import sys
+from types import ModuleType
+from typing import Annotated
+
+import typer
+
+from megatron_kosmos import __version__
+from megatron_kosmos.config import ConfigError
+
+COMMANDS: tuple[ModuleType, ...] = ()
+"""Modules with a `register(app)`, in the order of `kosmos --help`."""
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"megatron-kosmos {__version__}")
+        raise typer.Exit
+
+
+def build_app() -> typer.Typer:
+    """Return the application with every sub-command registered."""
+    app = typer.Typer(
+        name="kosmos",
+        help="Prepare data for, train, evaluate and export KOSMOS-1-style multimodal language models.",
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+    )
+
+    @app.callback()
+    def kosmos(
+        version: Annotated[
+            bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+        ] = False,
+    ) -> None:
+        """Prepare data for, train, evaluate and export KOSMOS-1-style multimodal language models."""
+
+    for command in COMMANDS:
+        command.register(app)
+    return app
+
+
+def main() -> None:
+    """Run the command line; an error that the user can mend is told in its own words, without a traceback."""
+    try:
+        build_app()()
+    except ConfigError as error:
+        sys.exit(f"kosmos: {error}")

@@ -1,0 +1,71 @@
+"""What every test runs under: one thread a process, the CPU accelerator without CUDA, and no silent skips in CI."""
+
+import os
+
+# Before torch is imported anywhere: forked ranks inherit these, and 2 cores are shared by up to 8 of them.
+for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+    os.environ.setdefault(variable, "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Asks the driver whether there is CUDA without making a context, which forked ranks could not inherit.
+os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
+
+from collections.abc import Generator  # noqa: E402
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+HAS_CUDA = torch.cuda.is_available()
+if not HAS_CUDA:
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+torch.set_num_threads(1)
+
+IS_CI = os.environ.get("CI", "").lower() in {"1", "true"}
+forbidden_skips = pytest.StashKey[list[str]]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[forbidden_skips] = []
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Skip `gpu` tests without CUDA, and `nightly` ones unless they are asked for with -m."""
+    for item in items:
+        if item.get_closest_marker("gpu") and not HAS_CUDA:
+            item.add_marker(pytest.mark.skip(reason="needs CUDA"))
+    if "nightly" not in config.option.markexpr:
+        nightly = [item for item in items if item.get_closest_marker("nightly")]
+        config.hook.pytest_deselected(items=nightly)
+        items[:] = [item for item in items if item not in nightly]
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    if report.skipped and not item.get_closest_marker("gpu"):
+        item.config.stash[forbidden_skips].append(f"{report.nodeid}: {report.longreprtext}")
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(
+    collector: pytest.Collector,
+) -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    report = yield
+    if report.skipped:
+        collector.config.stash[forbidden_skips].append(f"{report.nodeid}: {report.longrepr}")
+    return report
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if IS_CI and session.config.stash[forbidden_skips] and session.exitstatus == pytest.ExitCode.OK:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    skips = config.stash[forbidden_skips]
+    if IS_CI and skips:
+        terminalreporter.section("skipped tests fail in CI unless they are marked gpu", red=True, bold=True)
+        for skip in skips:
+            terminalreporter.write_line(skip)
