@@ -1,0 +1,1 @@
+"""The mathematics of KOSMOS: Magneto decoder, vision tower, resampler, splice and loss."""

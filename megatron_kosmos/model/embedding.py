@@ -1,0 +1,61 @@
+"""The input of the decoder: token embeddings with image embeddings spliced into their slots.
+
+Shape letters: B batch, T tokens, D decoder width, I images, L latents.
+"""
+
+import torch
+import torch.nn.functional as F
+from megatron.core.tensor_parallel import (
+    VocabParallelEmbedding,
+    get_cuda_rng_tracker,
+    scatter_to_sequence_parallel_region,
+)
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+
+from megatron_kosmos.config import DecoderConfig
+
+
+class SplicedEmbedding(nn.Module):
+    """Embeds tokens, puts images in their slots, adds positions and drops out."""
+
+    def __init__(self, decoder: DecoderConfig, config: TransformerConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.word_embeddings = VocabParallelEmbedding(
+            decoder.padded_vocab_size, decoder.width, init_method=torch.nn.init.zeros_, config=config
+        )
+        self.position_embeddings = (
+            nn.Embedding(decoder.max_sequence_length, decoder.width, dtype=config.params_dtype)
+            if decoder.learned_positions
+            else None
+        )
+
+    def forward(
+        self, input_ids_BT: Tensor, position_ids_BT: Tensor, images_ILD: Tensor, image_positions: Tensor
+    ) -> Tensor:
+        """Return [T, B, D], or this rank's share [T / tp, B, D] of it under sequence parallelism.
+
+        `image_positions` [I, 2] has row and column of each image's first slot. `images_ILD` may hold further, blank
+        images behind those; they go nowhere, but their operations run.
+        """
+        hidden_BTD = self.word_embeddings(input_ids_BT)
+        hidden_BTD = splice(hidden_BTD, images_ILD.to(hidden_BTD.dtype), image_positions)
+        if self.position_embeddings is not None:
+            hidden_BTD = hidden_BTD + self.position_embeddings(position_ids_BT)
+        hidden_TBD = hidden_BTD.transpose(0, 1).contiguous()
+        dropout = self.config.hidden_dropout
+        if not self.config.sequence_parallel:
+            return F.dropout(hidden_TBD, dropout, self.training)
+        hidden_TBD = scatter_to_sequence_parallel_region(hidden_TBD)
+        with get_cuda_rng_tracker().fork():
+            return F.dropout(hidden_TBD, dropout, self.training)
+
+
+def splice(hidden_BTD: Tensor, images_ILD: Tensor, image_positions: Tensor) -> Tensor:
+    """Return `hidden_BTD` with the rows of the first len(image_positions) images written over their slots."""
+    length, num_latents = hidden_BTD.shape[1], images_ILD.shape[1]
+    first_slot = image_positions[:, 0] * length + image_positions[:, 1]
+    slots = (first_slot[:, None] + torch.arange(num_latents, device=first_slot.device)).flatten()
+    spliced = images_ILD[: image_positions.shape[0]].flatten(0, 1)
+    return hidden_BTD.flatten(0, 1).index_copy(0, slots, spliced).view_as(hidden_BTD)

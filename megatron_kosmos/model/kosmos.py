@@ -1,0 +1,103 @@
+"""KOSMOS-1 (arXiv 2302.14045): what one pipeline stage, or one interleaved chunk of it, holds and computes.
+
+Shape letters: B batch, T tokens, D decoder width, I images, L latents, V vocabulary.
+"""
+
+from megatron.core.tensor_parallel import ColumnParallelLinear, gather_from_tensor_model_parallel_region
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_block import TransformerBlock
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from megatron_kosmos.batch import MultimodalBatch
+from megatron_kosmos.config import ModelConfig
+from megatron_kosmos.model.embedding import SplicedEmbedding
+from megatron_kosmos.model.loss import mask_padded_vocabulary, token_losses
+from megatron_kosmos.model.magneto import decoder_submodules
+from megatron_kosmos.model.resampler import PerceiverResampler
+from megatron_kosmos.model.vision import VisionTower
+from megatron_kosmos.parallel.images import gather_image_embeddings, local_images
+from megatron_kosmos.parallel.stages import Chunk
+from megatron_kosmos.parallel.topology import Topology
+
+
+class KosmosModel(MegatronModule):
+    """One chunk of the model.
+
+    The first chunk turns a batch into hidden states, vision side included; the last one turns hidden states into the
+    loss of every position; in between, and across ranks, only hidden states [T, B, D] travel.
+    """
+
+    def __init__(self, model: ModelConfig, config: TransformerConfig, chunk: Chunk, topology: Topology) -> None:
+        super().__init__(config)
+        self.model_config, self.chunk, self.topology = model, chunk, topology
+        self.vp_stage = chunk.virtual_index if topology.virtual_size > 1 else None  # megatron-core's schedule reads it
+        tied = model.decoder.tie_embeddings
+        if chunk.is_first:
+            self.vision_tower = VisionTower(model.vision).to(config.params_dtype)
+            self.resampler = PerceiverResampler(model.resampler, model.vision.width, model.decoder.width).to(
+                config.params_dtype
+            )
+            for parameter in (*self.vision_tower.parameters(), *self.resampler.parameters()):
+                parameter.sees_image_shard = True  # type: ignore[attr-defined]
+            self.embedding = SplicedEmbedding(model.decoder, config)
+        self.decoder = TransformerBlock(
+            config,
+            decoder_submodules(model.decoder, chunk.num_layers),
+            pre_process=chunk.is_first,
+            post_process=chunk.is_last,
+            vp_stage=self.vp_stage,
+        )
+        if chunk.is_last:
+            self.output_layer = ColumnParallelLinear(
+                model.decoder.width,
+                model.decoder.padded_vocab_size,
+                config=config,
+                init_method=config.init_method,
+                bias=False,
+                skip_weight_param_allocation=tied and chunk.is_first,
+            )
+            if tied and not chunk.is_first:
+                # The second copy of the tied matrix: its gradient joins the first's, and norms count it once.
+                self.output_layer.weight.is_tied_copy = True
+                self.output_layer.weight.ds_pipe_replicated = True
+
+    def set_input_tensor(self, input_tensor: Tensor | list[Tensor | None] | None) -> None:
+        """Take the hidden states [T, B, D] of the previous stage (called by megatron-core's schedule)."""
+        self.decoder.set_input_tensor(input_tensor[0] if isinstance(input_tensor, list) else input_tensor)
+
+    def forward(self, batch: MultimodalBatch) -> Tensor:
+        """Return hidden states [T, B, D] to send on; on the last chunk each position's loss [B, T] in nats.
+
+        Losses are zero where `batch.loss_mask` is false; they are alike on all tensor-parallel ranks.
+        """
+        hidden_TBD = self._decode(batch)
+        if not self.chunk.is_last:
+            return hidden_TBD
+        return token_losses(self._local_logits(hidden_TBD), batch.labels, batch.loss_mask)
+
+    def logits(self, batch: MultimodalBatch) -> Tensor:
+        """Return the logits [B, T, V] of the existing ids, gathered from the tensor ranks. Needs the whole model."""
+        logits_TBV = self._local_logits(self._decode(batch))
+        if self.topology.tp_size > 1:
+            logits_TBV = gather_from_tensor_model_parallel_region(logits_TBV)
+        return logits_TBV.transpose(0, 1)[..., : self.model_config.decoder.vocab_size]
+
+    def embed_images(self, images: Tensor) -> Tensor:
+        """Return embeddings [I', L, D] of images [I, 3, S, S], I' ≥ I: blank ones fill up the tensor ranks' shares."""
+        shard = local_images(images.to(self.config.params_dtype), self.topology.tp_group)
+        return gather_image_embeddings(self.resampler(self.vision_tower(shard)), self.topology.tp_group)
+
+    def _decode(self, batch: MultimodalBatch) -> Tensor:
+        hidden_TBD = None
+        if self.chunk.is_first:
+            images_ILD = self.embed_images(batch.images)
+            hidden_TBD = self.embedding(batch.input_ids, batch.position_ids, images_ILD, batch.image_positions)
+        return self.decoder(hidden_TBD, attention_mask=None)
+
+    def _local_logits(self, hidden_TBD: Tensor) -> Tensor:
+        decoder = self.model_config.decoder
+        shares_embedding = decoder.tie_embeddings and self.chunk.is_first
+        weight = self.embedding.word_embeddings.weight if shares_embedding else None
+        logits_TBV, _ = self.output_layer(hidden_TBD, weight=weight)
+        return mask_padded_vocabulary(logits_TBV, decoder.vocab_size, self.topology.tp_rank)

@@ -1,0 +1,122 @@
+"""The Magneto decoder (arXiv 2210.06423) as a layer spec of megatron-core.
+
+Two parts differ from megatron-core's own decoder: the output projections normalize their input (sub-LN), and the core
+attention applies xPos. Everything else, recompute and sequence parallelism included, is megatron-core's.
+"""
+
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.tensor_parallel import ColumnParallelLinear
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from torch import nn
+
+from megatron_kosmos.config import DecoderConfig, ParallelConfig, TrainingConfig
+from megatron_kosmos.model.attention import CausalAttention
+from megatron_kosmos.model.sub_layer_norm import SubLNRowParallelLinear
+from megatron_kosmos.model.xpos import XPos
+
+
+class ReplicatedLayerNorm(nn.LayerNorm):
+    """LayerNorm over the residual stream; under sequence parallelism its gradient is summed over the tensor ranks."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5) -> None:
+        super().__init__(hidden_size, eps, dtype=config.params_dtype)
+        for parameter in self.parameters():
+            parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+
+class BiasedColumnParallelLinear(ColumnParallelLinear):
+    """A column-parallel projection that adds its bias itself (a bias handed on would be gone under ZeRO 3)."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        kwargs["skip_bias_add"] = False
+        super().__init__(*args, **kwargs)
+
+
+def transformer_config(
+    decoder: DecoderConfig, parallel: ParallelConfig, training: TrainingConfig, chunk_layers: tuple[int, ...]
+) -> TransformerConfig:
+    """Derive megatron-core's configuration. `chunk_layers` lists the decoder layers of every chunk in model order."""
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[training.precision]
+    is_interleaved = parallel.virtual_pipeline_parallel_size > 1
+    recompute: dict[str, Any] = {}
+    if training.recompute == "full":
+        recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    return TransformerConfig(
+        num_layers=decoder.num_layers,
+        hidden_size=decoder.width,
+        ffn_hidden_size=decoder.ffn_width,
+        num_attention_heads=decoder.num_heads,
+        num_query_groups=decoder.num_query_groups,
+        layernorm_epsilon=decoder.layer_norm_epsilon,
+        hidden_dropout=decoder.dropout,
+        attention_dropout=decoder.attention_dropout,
+        activation_func=F.gelu,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=training.precision == "bf16",
+        # Weights are made on the host from their names (initialization.py), so megatron-core only allocates them.
+        use_cpu_initialization=True,
+        perform_initialization=False,
+        tensor_model_parallel_size=parallel.tensor_parallel_size,
+        sequence_parallel=parallel.sequence_parallel,
+        pipeline_model_parallel_size=parallel.pipeline_parallel_size,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_parallel_size if is_interleaved else None,
+        pipeline_model_parallel_layout=_pipeline_layout(chunk_layers) if parallel.pipeline_parallel_size > 1 else None,
+        # Interleaving with batched p2p between two stages swaps tensors silently; on gloo, freed outputs crash it.
+        overlap_p2p_comm=is_interleaved,
+        batch_p2p_comm=parallel.batch_p2p,
+        deallocate_pipeline_outputs=not is_interleaved,
+        bias_dropout_fusion=torch.cuda.is_available(),
+        bias_activation_fusion=False,
+        masked_softmax_fusion=False,
+        gradient_accumulation_fusion=False,
+        persist_layer_norm=False,
+        **recompute,
+    )
+
+
+def decoder_submodules(decoder: DecoderConfig, num_layers: int) -> TransformerBlockSubmodules:
+    """Return the spec of a chunk of `num_layers` Magneto layers. All its layers share one table of positions."""
+    xpos = XPos(decoder.head_size, decoder.max_sequence_length) if decoder.xpos else None
+    layer = ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=ReplicatedLayerNorm,
+            self_attention=ModuleSpec(
+                module=SelfAttention,
+                params={"attn_mask_type": AttnMaskType.causal},
+                submodules=SelfAttentionSubmodules(
+                    linear_qkv=ColumnParallelLinear,
+                    core_attention=partial(CausalAttention, xpos=xpos),
+                    linear_proj=SubLNRowParallelLinear,
+                ),
+            ),
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=ReplicatedLayerNorm,
+            mlp=ModuleSpec(
+                module=MLP,
+                submodules=MLPSubmodules(linear_fc1=BiasedColumnParallelLinear, linear_fc2=SubLNRowParallelLinear),
+            ),
+            mlp_bda=get_bias_dropout_add,
+        ),
+    )
+    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=ReplicatedLayerNorm)
+
+
+def _pipeline_layout(chunk_layers: tuple[int, ...]) -> list[list[str]]:
+    """Write the chunks the way megatron-core's `pipeline_model_parallel_layout` wants them."""
+    layout = [["decoder"] * count for count in chunk_layers]
+    layout[0].insert(0, "embedding")
+    layout[-1].append("loss")
+    return layout

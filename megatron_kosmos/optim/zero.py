@@ -1,0 +1,142 @@
+"""DeepSpeed's ZeRO engine around the chunks of one rank, configured for megatron-core's schedule.
+
+The schedule drives forward and backward; the engine takes the optimizer step, reducing over the data-parallel ranks.
+At stages 0 and 1 the schedule runs the chunks themselves, then gradients are finalized. At stages 2 and 3 it runs the
+engine (`module_to_run`), since DeepSpeed cuts gradients and weights from its own forward and backward hooks.
+"""
+
+import logging
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+from deepspeed.runtime.utils import clip_grad_norm_
+from megatron.core import parallel_state
+from torch import Tensor, nn
+
+from megatron_kosmos.config import RunConfig
+from megatron_kosmos.optim.finalization import finalize_gradients, sum_gradients_while_they_arise, sum_tied_embedding
+from megatron_kosmos.optim.groups import parameter_groups
+from megatron_kosmos.optim.mpu import ModelParallelUnit
+from megatron_kosmos.optim.schedule import learning_rate
+from megatron_kosmos.parallel.topology import Topology
+
+
+class ZeroOptimizer:
+    """The optimizer of one rank's chunks: finalization, clipping, schedule and ZeRO step in one `step()`."""
+
+    def __init__(
+        self,
+        chunks: Sequence[nn.Module],
+        names: dict[nn.Parameter, str],
+        tied_weight: nn.Parameter | None,
+        run: RunConfig,
+        topology: Topology,
+    ) -> None:
+        """Wrap `chunks`, whose parameters have the global `names`.
+
+        `tied_weight` is this rank's copy of a tied embedding that spans two stages, None elsewhere.
+        """
+        self.run, self.topology, self.tied_weight = run, topology, tied_weight
+        self.parameters = list(names)
+        self.stage = run.parallel.zero_stage
+        module = chunks[0] if len(chunks) == 1 else nn.ModuleList(chunks)
+        if self.stage >= 2:
+            sum_gradients_while_they_arise(self.parameters, topology)
+        self.adamw = torch.optim.AdamW(
+            parameter_groups(((name, parameter) for parameter, name in names.items()), run.optimizer.weight_decay),
+            lr=run.optimizer.learning_rate,
+            betas=run.optimizer.betas,
+            eps=run.optimizer.epsilon,
+            fused=True,
+        )
+        _quiet_deepspeed()
+        self.engine, self.optimizer, _, _ = deepspeed.initialize(
+            model=module,
+            optimizer=self.adamw,
+            config=deepspeed_config(run, topology.dp_size),
+            mpu=ModelParallelUnit(),
+            dist_init_required=False,
+        )
+        if self.stage == 0:
+            self._keep_norm_of_plain_optimizer()
+
+    @property
+    def module_to_run(self) -> nn.Module | None:
+        """What the schedule must call in place of the chunk: the engine at ZeRO 2 and 3, else None."""
+        return self.engine if self.stage >= 2 else None
+
+    def gradient_of(self, parameter: nn.Parameter) -> Tensor | None:
+        """Return the accumulated local gradient before any data-parallel reduction; stages 0 and 1."""
+        if isinstance(self.optimizer, BF16_Optimizer):
+            return parameter._hp_grad if parameter.requires_grad else None  # type: ignore[attr-defined]
+        return parameter.grad
+
+    def finalize(self) -> None:
+        """Make the gradients whole over tensor and pipeline ranks (at ZeRO 2 and 3 hooks did so already)."""
+        if self.stage >= 2:
+            return
+        finalize_gradients(self.parameters, self.gradient_of, self.topology)
+        if self.run.model.decoder.tie_embeddings and self.topology.pp_size > 1:
+            group = parallel_state.get_embedding_group(check_initialized=False)
+            sum_tied_embedding(self.tied_weight, self.gradient_of, group)
+
+    def step(self, step: int) -> tuple[float, float]:
+        """Reduce, clip and update the weights; return (gradient norm before clipping, learning rate)."""
+        rate = learning_rate(self.run.optimizer, step, self.run.training.steps)
+        for group in self.adamw.param_groups:
+            group["lr"] = rate
+        self.engine.step()
+        return float(self.engine.get_global_grad_norm()), rate
+
+    def drop_gradients(self) -> None:
+        """Forget the accumulated gradients: the step is skipped."""
+        self.optimizer.zero_grad()
+
+    def _keep_norm_of_plain_optimizer(self) -> None:
+        """Without ZeRO DeepSpeed clips but forgets the norm (0.19.8, `clip_fp32_gradients`): keep it."""
+
+        def clip_and_keep() -> None:
+            self.engine._global_grad_norm = clip_grad_norm_(
+                parameters=self.engine.module.parameters(),
+                max_norm=self.engine.gradient_clipping(),
+                mpu=self.engine.mpu,
+            )
+
+        self.engine.clip_fp32_gradients = clip_and_keep
+
+
+def deepspeed_config(run: RunConfig, dp_size: int) -> dict[str, Any]:
+    """Derive DeepSpeed's configuration. The schedule sums microbatches, so DeepSpeed sees one a step."""
+    settings: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": run.training.micro_batch_size,
+        "train_batch_size": run.training.micro_batch_size * dp_size,
+        "gradient_accumulation_steps": 1,
+        "managed_gradient_accumulation": False,
+        "zero_optimization": {
+            "stage": run.parallel.zero_stage,
+            "overlap_comm": False,
+            "contiguous_gradients": False,
+        },
+        "gradient_clipping": run.optimizer.clip_grad_norm or math.inf,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": None,
+    }
+    if run.training.precision == "bf16":
+        settings["bf16"] = {"enabled": True, "immediate_grad_update": True}
+        settings["data_types"] = {"grad_accum_dtype": "fp32"}
+    return settings
+
+
+def _quiet_deepspeed() -> None:
+    """Keep DeepSpeed from logging every setting, and on the CPU from compiling a C++ op for 90 seconds."""
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    if not torch.cuda.is_available():
+        import deepspeed.ops
+
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(verbose=False)
