@@ -1,0 +1,1 @@
+"""Where model, data, optimizer and checkpoints meet: building, training, evaluating, converting, generating."""

@@ -3,11 +3,17 @@
 Shape letters: B batch, T tokens, D decoder width, I images, L latents, V vocabulary.
 """
 
-from megatron.core.tensor_parallel import ColumnParallelLinear, gather_from_tensor_model_parallel_region
+from megatron.core.enums import ModelType
+from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    gather_from_tensor_model_parallel_region,
+)
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.transformer.transformer_config import TransformerConfig
-from torch import Tensor
+from torch import Tensor, nn
 
 from megatron_kosmos.batch import MultimodalBatch
 from megatron_kosmos.config import ModelConfig
@@ -27,6 +33,9 @@ class KosmosModel(MegatronModule):
     The first chunk turns a batch into hidden states, vision side included; the last one turns hidden states into the
     loss of every position; in between, and across ranks, only hidden states [T, B, D] travel.
     """
+
+    model_type = ModelType.encoder_or_decoder
+    """What megatron-core's schedules ask: one hidden state goes from stage to stage."""
 
     def __init__(self, model: ModelConfig, config: TransformerConfig, chunk: Chunk, topology: Topology) -> None:
         super().__init__(config)
@@ -61,6 +70,7 @@ class KosmosModel(MegatronModule):
                 # The second copy of the tied matrix: its gradient joins the first's, and norms count it once.
                 self.output_layer.weight.is_tied_copy = True
                 self.output_layer.weight.ds_pipe_replicated = True
+        _mark_shards(self)
 
     def set_input_tensor(self, input_tensor: Tensor | list[Tensor | None] | None) -> None:
         """Take the hidden states [T, B, D] of the previous stage (called by megatron-core's schedule)."""
@@ -101,3 +111,20 @@ class KosmosModel(MegatronModule):
         weight = self.embedding.word_embeddings.weight if shares_embedding else None
         logits_TBV, _ = self.output_layer(hidden_TBD, weight=weight)
         return mask_padded_vocabulary(logits_TBV, decoder.vocab_size, self.topology.tp_rank)
+
+
+def _mark_shards(model: nn.Module) -> None:
+    """Mark where tensor parallelism cuts each weight; megatron-core does so only while it initializes them."""
+    for module in model.modules():
+        cuts: list[tuple[nn.Parameter | None, int]] = []
+        if isinstance(module, VocabParallelEmbedding):
+            cuts = [(module.weight, 0)]
+        elif isinstance(module, ColumnParallelLinear):
+            cuts = [(module.weight, 0), (module.bias, 0)]
+        elif isinstance(module, RowParallelLinear):
+            cuts = [(module.weight, 1)]
+        for parameter, dim in cuts:
+            if parameter is not None:
+                parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
+                parameter.partition_dim = dim  # type: ignore[attr-defined]
+                parameter.partition_stride = 1  # type: ignore[attr-defined]

@@ -1,0 +1,145 @@
+"""One optimizer step: megatron-core's schedule over the microbatches, gradient finalization, ZeRO's update.
+
+The loss of a step is the sum over all its target tokens divided by their number N, whatever microbatch or data rank
+they fall on. N is known before the first forward pass, so each microbatch returns sum * microbatches * dp / N and the
+averages that the schedule and DeepSpeed take give sum / N.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from megatron_kosmos.batch import MultimodalBatch
+from megatron_kosmos.config import RunConfig
+from megatron_kosmos.engine.builder import Stage
+from megatron_kosmos.model.kosmos import KosmosModel
+from megatron_kosmos.parallel.randomness import seed_microbatch
+from megatron_kosmos.parallel.topology import Topology
+from megatron_kosmos.prompt import SOURCE_KINDS, SourceKind
+
+LossFunction = Callable[[Tensor], tuple[Tensor, dict[str, Tensor]]]
+
+
+@dataclass(frozen=True)
+class LossSums:
+    """Sums of target losses in nats and numbers of targets by kind of source, over all data ranks."""
+
+    losses: dict[SourceKind, float]
+    targets: dict[SourceKind, int]
+
+    @property
+    def mean(self) -> float:
+        """Loss a target token, nats; 0 where there were none."""
+        return sum(self.losses.values()) / max(1, sum(self.targets.values()))
+
+    def mean_of(self, kind: SourceKind) -> float | None:
+        """Loss a target token of one kind; None where there were none."""
+        return self.losses[kind] / self.targets[kind] if self.targets[kind] else None
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step did."""
+
+    sums: LossSums | None
+    """On the last pipeline stage only."""
+    grad_norm: float
+    """Global norm before clipping; 0 for a step without targets."""
+    learning_rate: float
+    num_targets: int
+
+
+class StepRunner:
+    """Runs optimizer steps and evaluations of one rank's stage; every rank calls it alike."""
+
+    def __init__(self, run: RunConfig, stage: Stage, topology: Topology) -> None:
+        self.run, self.stage, self.topology = run, stage, topology
+        self._schedule = get_forward_backward_func(
+            pp_size=topology.pp_size, vp_size=topology.virtual_size if topology.virtual_size > 1 else None
+        )
+
+    def train(self, step: int, microbatches: Sequence[MultimodalBatch]) -> StepResult:
+        """Take optimizer step `step` on this data rank's `microbatches` (the same number on every rank).
+
+        A step without a target token anywhere leaves the weights alone.
+        """
+        num_targets = self._count_targets(microbatches)
+        for chunk in self.stage.chunks:
+            chunk.train()
+        scale = len(microbatches) * self.topology.dp_size / max(1, num_targets)
+        sums = self._run_schedule(step, microbatches, scale, forward_only=False)
+        if num_targets == 0:
+            self.stage.optimizer.drop_gradients()
+            return StepResult(sums, 0.0, 0.0, 0)
+        self.stage.optimizer.finalize()
+        grad_norm, learning_rate = self.stage.optimizer.step(step)
+        return StepResult(sums, grad_norm, learning_rate, num_targets)
+
+    @torch.no_grad()
+    def evaluate(self, microbatches: Sequence[MultimodalBatch]) -> LossSums | None:
+        """Return the losses of `microbatches` without dropout, over all data ranks; on the last stage only."""
+        for chunk in self.stage.chunks:
+            chunk.eval()
+        return self._run_schedule(0, microbatches, 1.0, forward_only=True)
+
+    def _run_schedule(
+        self, step: int, microbatches: Sequence[MultimodalBatch], scale: float, forward_only: bool
+    ) -> LossSums | None:
+        chunks = self.stage.chunks
+        iterators = [iter(enumerate(microbatches)) for _ in chunks]
+        outputs = self._schedule(
+            forward_step_func=self._forward_step(step, scale),
+            data_iterator=iterators if len(chunks) > 1 else iterators[0],
+            model=list(chunks) if len(chunks) > 1 else chunks[0],
+            num_microbatches=len(microbatches),
+            seq_length=self.run.data.sequence_length,
+            micro_batch_size=self.run.training.micro_batch_size,
+            forward_only=forward_only,
+        )
+        return self._reduce(outputs) if self.topology.is_last_stage else None
+
+    def _forward_step(
+        self, step: int, scale: float
+    ) -> Callable[[Iterator[tuple[int, MultimodalBatch]], KosmosModel], tuple[Tensor, LossFunction]]:
+        """Return the function that megatron-core's schedule calls for each microbatch and chunk."""
+
+        def forward(iterator: Iterator[tuple[int, MultimodalBatch]], chunk: KosmosModel) -> tuple[Tensor, LossFunction]:
+            index, batch = next(iterator)
+            batch = batch.to(self.topology.device)
+            seed_microbatch(self.run.training.seed, step, index, chunk.chunk.index, self.topology)
+            output = (self.stage.optimizer.module_to_run or chunk)(batch)
+
+            def loss(losses_BT: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+                return losses_BT.sum() * scale, {"sums": _sums_by_source(losses_BT.detach(), batch)}
+
+            return output, loss
+
+        return forward
+
+    def _count_targets(self, microbatches: Sequence[MultimodalBatch]) -> int:
+        """Return the target tokens of the whole step. All-reduce over the data ranks."""
+        count = torch.tensor(sum(batch.num_target_tokens for batch in microbatches), device=self.topology.device)
+        dist.all_reduce(count, group=self.topology.dp_group)
+        return int(count)
+
+    def _reduce(self, outputs: Sequence[dict[str, Tensor]]) -> LossSums:
+        """Add up the microbatches' sums. All-reduce over the data ranks."""
+        sums = torch.stack([output["sums"] for output in outputs]).sum(0)
+        dist.all_reduce(sums, group=self.topology.dp_group)
+        losses, targets = sums.tolist()
+        return LossSums(
+            dict(zip(SOURCE_KINDS, losses, strict=True)),
+            {kind: round(count) for kind, count in zip(SOURCE_KINDS, targets, strict=True)},
+        )
+
+
+def _sums_by_source(losses_BT: Tensor, batch: MultimodalBatch) -> Tensor:
+    """Return [2, kinds]: loss sums and target counts of each kind of source, fp64."""
+    sums = losses_BT.new_zeros(2, len(SOURCE_KINDS), dtype=torch.float64)
+    sums[0].index_add_(0, batch.sources, losses_BT.sum(1).double())
+    sums[1].index_add_(0, batch.sources, batch.loss_mask.sum(1).double())
+    return sums
