@@ -1,0 +1,35 @@
+"""Where a step's wall-clock time goes, by named section."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from time import perf_counter
+from typing import Final, Literal, get_args
+
+Section = Literal["data", "forward_backward", "finalize", "step", "evaluate", "save"]
+SECTIONS: Final[tuple[Section, ...]] = get_args(Section)
+
+
+class Timers:
+    """Seconds spent in each section since the last `collect`.
+
+    A section costs two clock readings. On CUDA it measures the host, which runs ahead of the device until something
+    waits for a result: the sections add up to the step, but a kernel's time may show in a later section.
+    """
+
+    def __init__(self) -> None:
+        self._seconds: dict[Section, float] = {}
+
+    @contextmanager
+    def section(self, name: Section) -> Iterator[None]:
+        """Add the time inside the `with` block to `name`, also when the block raises."""
+        start = perf_counter()
+        try:
+            yield
+        finally:
+            self._seconds[name] = self._seconds.get(name, 0.0) + perf_counter() - start
+
+    def collect(self) -> dict[str, float]:
+        """Return `{"seconds_<section>": seconds}` of the sections that ran, and start again from zero."""
+        collected = {f"seconds_{name}": self._seconds[name] for name in SECTIONS if name in self._seconds}
+        self._seconds.clear()
+        return collected
