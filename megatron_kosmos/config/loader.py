@@ -1,5 +1,6 @@
 """Reading a run's YAML with dotted overrides, and writing the resolved configuration back."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,10 +23,11 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     """
     try:
         tree = OmegaConf.load(path)
-    except FileNotFoundError as error:
-        raise ConfigError(f"no configuration at {path}; the presets are in configs/") from error
+    except OSError as error:
+        raise ConfigError(f"no configuration at {path} ({error.strerror}); the presets are in configs/") from error
     except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not valid YAML: {error}") from error
+    origin = f"{path} with {' '.join(overrides)}" if overrides else str(path)
     for override in overrides:
         if "=" not in override:
             raise ConfigError(f"override {override!r} is not of the form a.b=c")
@@ -33,14 +35,18 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
         merged = OmegaConf.merge(tree, OmegaConf.from_dotlist(list(overrides)))
         values = OmegaConf.to_container(merged, resolve=True)
     except (OmegaConfBaseException, yaml.YAMLError, AttributeError, TypeError) as error:
-        raise ConfigError(f"{path} with {list(overrides)}: {error}") from error
-    return parse_config(values, str(path))
+        raise ConfigError(f"{origin}: {error}") from error
+    return parse_config(values, origin)
 
 
 def parse_config(values: object, origin: str) -> RunConfig:
-    """Check plain `values` read from `origin`. Raises ConfigError naming each bad field."""
+    """Check plain `values` read from `origin`. Raises ConfigError naming each bad field.
+
+    They are checked as strict JSON, where "5" is no number and 1.0 no integer, but a list may become a tuple and a
+    string a path.
+    """
     try:
-        return RunConfig.model_validate(values)
+        return RunConfig.model_validate_json(json.dumps(values, default=str), strict=True)
     except ValidationError as error:
         lines = [f"{origin}: {error.error_count()} problem(s)"]
         for problem in error.errors():
