@@ -32,7 +32,7 @@ class Layout(NamedTuple):
 
 
 class Whole(NamedTuple):
-    """A whole tensor, the dim that tensor parallelism cuts, and the stages (of 4 quarters of the model) that hold it."""
+    """A whole tensor, the dim that tensor parallelism cuts, and the quarters of the model that hold it."""
 
     value: Tensor
     shard_dim: int | None
@@ -85,17 +85,17 @@ def save_under(layout: Layout, root: Path, step: int) -> None:
     assert save_checkpoint(root, step, shards, {"step": step}, place(layout)[0], keep_last=2).is_dir()
 
 
-def load_under(layouts: list[Layout], folder: Path) -> int:
-    """Load under each layout in turn, check every bit, and return the number of tensors that this rank compared."""
-    num_compared = 0
+def load_under(layouts: list[Layout], folder: Path) -> list[set[str]]:
+    """Load under each layout in turn, compare every bit, and return the names that this rank held."""
+    names = []
     for layout in layouts:
         wanted = shards_of(whole_tensors(), layout, saves=False)
         blank = [TensorShard(shard.name, torch.full_like(shard.local, 3), shard.shard_dim) for shard in wanted]
         assert load_checkpoint(folder, blank, place(layout)[0]) == {"step": 7}
         for got, want in zip(blank, wanted, strict=True):
             assert torch.equal(got.local, want.local), (layout, got.name)
-        num_compared += len(wanted)
-    return num_compared
+        names.append({shard.name for shard in wanted})
+    return names
 
 
 @pytest.mark.parametrize("layout", [Layout(2, 1, 1), Layout(1, 2, 2), Layout(2, 2, 1)], ids=str)
@@ -103,11 +103,14 @@ def test_what_one_layout_saves_every_layout_loads(layout: Layout, tmp_path: Path
     run_ranks(save_under, layout.world_size, layout, tmp_path, 7)
     folder = find_latest(tmp_path)
     assert folder == tmp_path / "step_00000007"
-    assert run_ranks(load_under, 1, [Layout(1, 1, 1)], folder) == [23]
-    four_ranks = [Layout(2, 1, 2), Layout(4, 1, 1), Layout(2, 2, 1), Layout(1, 4, 1)]
-    assert run_ranks(load_under, 4, four_ranks, folder) == [23 + 23 + 12 + 7, 23 + 23 + 12 + 5, 46 + 12 + 5, 46 + 12 + 7]
-
     wholes = whole_tensors()
+    assert run_ranks(load_under, 1, [Layout(1, 1, 1)], folder) == [[wholes.keys()]]
+    names_of_ranks = run_ranks(
+        load_under, 4, [Layout(2, 1, 2), Layout(4, 1, 1), Layout(2, 2, 1), Layout(1, 4, 1)], folder
+    )
+    for names_under_layout in zip(*names_of_ranks, strict=True):
+        assert set().union(*names_under_layout) == wholes.keys()
+
     assert read_tensor_names(folder) == {name: tuple(whole.value.shape) for name, whole in wholes.items()}
     read = dict(read_tensors(folder))
     assert read.keys() == wholes.keys()
@@ -121,7 +124,9 @@ def test_replicas_are_written_once_and_every_rank_writes_a_share(tmp_path: Path)
     data = sum(whole.value.nbytes for whole in whole_tensors().values())
     assert len(sizes) == 4
     assert data < sum(sizes) < data + 4 * 1500  # a header lists up to 6 names
-    assert {path.name[:11] for path in (tmp_path / "step_00000001").iterdir()} >= {f"shard-0000{i}" for i in (1, 2, 3, 4)}
+    assert {path.name[:11] for path in (tmp_path / "step_00000001").iterdir()} >= {
+        f"shard-0000{i}" for i in (1, 2, 3, 4)
+    }
 
 
 def message_of(function: Callable[[], object]) -> str:
@@ -206,11 +211,15 @@ def test_a_misfit_on_one_rank_is_told_by_all(tmp_path: Path) -> None:
     layout = Layout(2, 2, 1)
     run_ranks(save_under, 4, layout, tmp_path, 7)
     messages = run_ranks(load_with_a_name_more_on_rank_1, 4, layout, tmp_path / "step_00000007")
-    assert messages == [
-        f"the checkpoint {tmp_path}/step_00000007 does not fit this run:\n"
-        "  - model/decoder.final_layernorm.bias [6] is in the checkpoint, but nothing asks for it\n"
-        "  - model/decoder.layers.9.mlp.linear_fc1.bias [8] is missing from the checkpoint"
-    ] * 4
+    assert (
+        messages
+        == [
+            f"the checkpoint {tmp_path}/step_00000007 does not fit this run:\n"
+            "  - model/decoder.final_layernorm.bias [6] is in the checkpoint, but nothing asks for it\n"
+            "  - model/decoder.layers.9.mlp.linear_fc1.bias [8] is missing from the checkpoint"
+        ]
+        * 4
+    )
 
 
 def save_a_part_only(root: Path) -> str:
