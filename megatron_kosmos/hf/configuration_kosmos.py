@@ -1,0 +1,79 @@
+"""The sizes and switches of a KOSMOS model as a Hugging Face configuration.
+
+Exported folders carry this file: it imports nothing but transformers.
+"""
+
+from typing import Any
+
+from transformers import CLIPVisionConfig
+from transformers.configuration_utils import PreTrainedConfig
+
+
+class KosmosConfig(PreTrainedConfig):
+    """Configuration of `KosmosForConditionalGeneration` (arXiv 2302.14045, section 3.2; the defaults are its sizes).
+
+    Raises ValueError when the heads do not divide each other or the width.
+    """
+
+    model_type = "megatron_kosmos"
+    sub_configs_defaults = {"vision_config": CLIPVisionConfig}  # noqa: RUF012 - transformers wants a plain dict
+    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012
+
+    vocab_size: int = 64007
+    hidden_size: int = 2048
+    """D, the size of the residual stream."""
+    intermediate_size: int = 8192
+    num_hidden_layers: int = 24
+    num_attention_heads: int = 32
+    num_key_value_heads: int = 32
+    """Heads of keys and values: `num_attention_heads` gives every query head its own, 1 is multi-query."""
+    max_position_embeddings: int = 2048
+    """T; xPos is centred at half of it, and learned positions end with it."""
+    xpos: bool = True
+    """Rotate queries and keys by position, with decay (arXiv 2212.10554)."""
+    learned_positions: bool = False
+    """Add a learned embedding of the position to the input."""
+    dropout: float | int = 0.1
+    attention_dropout: float | int = 0.1
+    layer_norm_eps: float = 1e-5
+    initializer_range: float = 0.02
+    """Standard deviation of fresh weights; an exported folder brings trained ones."""
+    vision_config: Any = None
+    """A `CLIPVisionConfig`, or its values; None takes its defaults."""
+    resampler_depth: int = 2
+    resampler_num_heads: int = 8
+    resampler_head_size: int = 64
+    resampler_ffn_multiplier: int = 4
+    num_image_tokens: int = 64
+    """L, the embeddings (slots) that stand for an image in the sequence."""
+    tie_word_embeddings: bool = False
+    use_cache: bool = True
+    pad_token_id: int | None = 0
+    bos_token_id: int | None = 1
+    eos_token_id: int | list[int] | None = 2
+    image_token_id: int | None = 4
+    """Id of the marker before an image's slots."""
+    end_of_image_token_id: int | None = 5
+    """Id of the marker after an image's slots."""
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size={self.hidden_size} is not a multiple of num_attention_heads={self.num_attention_heads}"
+            )
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads={self.num_attention_heads} is not a multiple of "
+                f"num_key_value_heads={self.num_key_value_heads}"
+            )
+        if self.xpos and self.head_dim % 2:
+            raise ValueError(f"xpos rotates pairs: hidden_size / num_attention_heads = {self.head_dim} must be even")
+
+    @property
+    def head_dim(self) -> int:
+        """K, the width of one attention head."""
+        return self.hidden_size // self.num_attention_heads
+
+
+__all__ = ["KosmosConfig"]
