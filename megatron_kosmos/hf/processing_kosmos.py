@@ -4,6 +4,7 @@ Exported folders carry this file: it imports nothing but transformers and the to
 A picture is `<image>`, L slots that hold the padding id, `</image>` (arXiv 2302.14045, section 2.1).
 """
 
+import re
 from typing import Any
 
 from transformers.feature_extraction_utils import BatchFeature
@@ -43,8 +44,9 @@ class KosmosProcessor(ProcessorMixin):
         """Return input_ids, attention_mask and image_embeds_position_mask [B, T], and pixel_values [I, 3, S, S].
 
         text: one prompt, or a list. images: for one prompt an image or a list of them; for a list of prompts a list
-        with an image, a list of images or None for each. `<image>` in a prompt says where the next image goes;
-        without it the images stand before the text. Shorter rows are padded on the tokenizer's `padding_side`.
+        with an image, a list of images or None for each. `<image>` in a prompt says where the next image goes, spaces
+        around it do not count; without it the images stand before the text. Shorter rows are padded on the
+        tokenizer's `padding_side`.
         add_eos_token: end each row with `</s>`, as training documents do. Images are flattened in row order.
 
         Raises ValueError when images and prompts, or images and places, do not match.
@@ -68,7 +70,8 @@ class KosmosProcessor(ProcessorMixin):
     def _lay_out(self, prompt: str, num_images: int, row: int) -> tuple[list[int], list[int]]:
         """Return a row's ids and, for each, 1 if it is an image's slot."""
         tokenizer = self.tokenizer
-        texts = prompt.split(tokenizer.image_token)
+        # Spaces around `<image>` separate words in the prompt; in training there are none.
+        texts = re.split(f" *{re.escape(tokenizer.image_token)} *", prompt)
         if len(texts) == 1:
             texts = [""] * num_images + texts
         if len(texts) - 1 != num_images:

@@ -43,9 +43,15 @@ class KosmosHFTokenizer(PreTrainedTokenizer):
         self._special: dict[str, int] = settings["special_tokens"]
         self._names = {number: name for name, number in self._special.items()}
         self._line_id = self._special[LINE] if settings["newlines"] == "line" else None
+        alike = {self._pieces.piece_to_id(name) for name in self._special} - {self._pieces.unk_id()}
+        # Pieces that read like a special token without being it go by their number.
+        self._look_alikes = {
+            f"<piece {piece}>": piece + self._offset for piece in alike if piece + self._offset not in self._names
+        }
+        self._look_alike_names = {number: name for name, number in self._look_alikes.items()}
         kwargs.setdefault("split_special_tokens", True)
         for role, name in SPECIAL_TOKENS.items():
-            kwargs.setdefault(role, name)
+            kwargs.setdefault(role, self._names[self._special[name]])  # `<s>` may be another name of `</s>`
         super().__init__(**kwargs)
 
     @property
@@ -55,8 +61,7 @@ class KosmosHFTokenizer(PreTrainedTokenizer):
 
     def get_vocab(self) -> dict[str, int]:
         """Return every token's id."""
-        pieces = {self._convert_id_to_token(number): number for number in range(self._size)}
-        return {**pieces, **self._special, **self.added_tokens_encoder}
+        return {self._convert_id_to_token(number): number for number in range(self._size)} | self.added_tokens_encoder
 
     def _encode_text(self, text: str) -> list[int]:
         if self._line_id is None:
@@ -76,14 +81,16 @@ class KosmosHFTokenizer(PreTrainedTokenizer):
         return [self._convert_id_to_token(number) for number in self._encode_text(text)]
 
     def _convert_token_to_id(self, token: str) -> int:
-        if token in self._special:
-            return self._special[token]
+        for named in (self._special, self._look_alikes):
+            if token in named:
+                return named[token]
         piece = self._pieces.piece_to_id(token)
         return self._special["<unk>"] if piece == self._pieces.unk_id() else piece + self._offset
 
     def _convert_id_to_token(self, index: int) -> str:
-        if index in self._names:
-            return self._names[index]
+        for names in (self._names, self._look_alike_names):
+            if index in names:
+                return names[index]
         piece = index - self._offset
         return self._pieces.id_to_piece(piece) if 0 <= piece < self._pieces.get_piece_size() else "<unk>"
 
