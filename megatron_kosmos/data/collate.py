@@ -1,0 +1,90 @@
+"""From packed rows to a `MultimodalBatch`: stacking, and decoding the pictures.
+
+Shape letters: B rows, T tokens, I images, S image side, L slots.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megatron_kosmos.batch import MultimodalBatch
+from megatron_kosmos.data.corpus import Corpus
+from megatron_kosmos.data.errors import DataError
+from megatron_kosmos.data.images import load_image
+from megatron_kosmos.data.mixture import Sample
+from megatron_kosmos.prompt import SOURCE_KINDS
+
+
+@dataclass(frozen=True)
+class ImageFormat:
+    """What the model makes of a picture."""
+
+    num_latents: int
+    """L, slots of a picture."""
+    size: int
+    """S, side in pixels."""
+
+
+@dataclass(frozen=True)
+class Microbatch:
+    """A batch, or why there is none, on its way from a worker process."""
+
+    batch: MultimodalBatch | None = None
+    bad_images: tuple[str, ...] = ()
+    """Where pictures lie that did not decode and are blank in the batch."""
+    failure: str | None = None
+
+    def unwrap(self) -> MultimodalBatch:
+        """Return the batch. Raises DataError if there is none."""
+        if self.batch is None:
+            raise DataError(self.failure)
+        return self.batch
+
+
+class Collator:
+    """Makes microbatches of samples from `corpora`."""
+
+    def __init__(
+        self, corpora: Sequence[Corpus], images: ImageFormat, decode_images: bool, stop_at_bad_image: bool
+    ) -> None:
+        self._corpora, self._size = corpora, images.size
+        self._decode_images, self._stop_at_bad_image = decode_images, stop_at_bad_image
+
+    def __call__(self, samples: Sequence[Sample]) -> Microbatch:
+        """Return the microbatch of `samples`. Raises DataError for a bad picture if that is to stop the run."""
+        rows = [sample.row for sample in samples]
+        bad_images: list[str] = []
+        pictures = [
+            self._picture(self._corpora[sample.corpus], image, bad_images)
+            for sample in samples
+            for image in (sample.row.images if self._decode_images else ())
+        ]
+        places = [(number, column) for number, row in enumerate(rows) for column in row.image_columns]
+        input_ids = torch.from_numpy(np.stack([row.input_ids for row in rows]))
+        batch = MultimodalBatch(
+            input_ids=input_ids,
+            labels=torch.from_numpy(np.stack([row.labels for row in rows])),
+            loss_mask=torch.from_numpy(np.stack([row.loss_mask for row in rows])),
+            position_ids=torch.arange(input_ids.shape[1]).repeat(len(rows), 1),
+            document_ids=torch.from_numpy(np.stack([row.document_ids for row in rows])),
+            images=torch.stack(pictures) if pictures else torch.zeros(0, 3, self._size, self._size),
+            image_positions=torch.tensor(places, dtype=torch.int64).reshape(-1, 2),
+            sources=torch.tensor([SOURCE_KINDS.index(self._corpora[sample.corpus].kind) for sample in samples]),
+        )
+        return Microbatch(batch, tuple(bad_images))
+
+    def _picture(self, corpus: Corpus, image: int, bad_images: list[str]) -> Tensor:
+        """Return [3, S, S]; a picture that does not decode is blank and goes to `bad_images`, or raises DataError."""
+        store = corpus.images
+        assert store is not None, "a row of a corpus without pictures names a picture"
+        try:
+            return load_image(store.read(image), self._size)
+        except DataError as error:
+            problem = f"{store.locate(image)}: {error}"
+            if self._stop_at_bad_image:
+                raise DataError(problem) from error
+            bad_images.append(problem)
+            return torch.zeros(3, self._size, self._size)

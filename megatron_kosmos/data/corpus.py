@@ -1,0 +1,98 @@
+"""A prepared corpus, opened for reading: tokens, pictures and the cheap metadata that packing plans with."""
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_kosmos.config.data import CorpusConfig, DataConfig
+from megatron_kosmos.data.errors import DataError
+from megatron_kosmos.data.image_store import ImageStore
+from megatron_kosmos.data.indexed import IndexedReader
+from megatron_kosmos.data.manifest import read_manifest
+from megatron_kosmos.data.tokenizer import KosmosTokenizer
+from megatron_kosmos.prompt import SourceKind
+
+
+class Corpus:
+    """Documents of one kind, `<s> … </s>`, each picture a pair `<image> </image>`."""
+
+    def __init__(self, config: CorpusConfig, tokenizer: KosmosTokenizer) -> None:
+        """Open the files at `config.prefix`. Raises DataError when they are damaged, of another kind or tokenizer."""
+        self.prefix: Path = config.prefix
+        self.kind: SourceKind = config.kind
+        self.manifest = read_manifest(config.prefix)
+        self._tokenizer = tokenizer
+        if self.manifest.kind != config.kind:
+            raise DataError(
+                f"{config.prefix} holds {self.manifest.kind} documents; the configuration says kind: {config.kind}"
+            )
+        fingerprint = self.manifest.tokenizer_fingerprint
+        if fingerprint != tokenizer.fingerprint:
+            raise DataError(
+                f"{config.prefix} was prepared with another tokenizer (fingerprint {fingerprint[:12]}…) "
+                f"than the configured one ({tokenizer.fingerprint[:12]}…); "
+                f"prepare it again or set data.tokenizer to the tokenizer that it was prepared with"
+            )
+        self._documents = IndexedReader(config.prefix)
+        self.images = ImageStore(config.prefix) if self.manifest.images else None
+        if self.images is not None and len(self.images.first_images) != len(self._documents) + 1:
+            raise DataError(
+                f"{config.prefix}: the image index has {len(self.images.first_images) - 1} documents, "
+                f"the token index {len(self._documents)}; prepare it again"
+            )
+        self.lengths: NDArray[np.int32] = self._documents.lengths
+        """Tokens of each document on disk: [D]."""
+
+    def __len__(self) -> int:
+        """Number of documents."""
+        return len(self._documents)
+
+    @property
+    def num_images(self) -> NDArray[np.int64]:
+        """Pictures of each document: [D]."""
+        if self.images is None:
+            return np.zeros(len(self), dtype=np.int64)
+        return np.diff(self.images.first_images)
+
+    def tokens(self, document: int) -> NDArray[Any]:
+        """Return a document's tokens, a view of the file."""
+        return self._documents[document]
+
+    def images_of(self, document: int) -> range:
+        """Return the numbers of a document's pictures."""
+        if self.images is None:
+            return range(0)
+        first = self.images.first_images
+        return range(int(first[document]), int(first[document + 1]))
+
+    def image_positions(self, document: int) -> NDArray[np.int64]:
+        """Return where the `<image>` tokens of a document are. Raises DataError when index and tokens disagree."""
+        numbers = self.images_of(document)
+        if self.images is None or len(numbers) == 0:
+            return np.zeros(0, dtype=np.int64)
+        positions = np.flatnonzero(self.tokens(document) == self._tokenizer.image_id)
+        if not np.array_equal(positions, self.images.positions[numbers.start : numbers.stop]):
+            raise DataError(
+                f"{self.prefix}: the <image> tokens of document {document} are not where the image index says; "
+                f"prepare the corpus again"
+            )
+        return positions
+
+
+def data_fingerprint(data: DataConfig) -> str:
+    """Return the sha256 (hexadecimal) of all that the order and content of training batches depend on but the seed.
+
+    That is: the files' contents by the checksums in their manifests, kinds and weights in their order, the tokenizer,
+    the sequence length. Where the files lie, worker processes and held-out corpora don't matter. Raises DataError.
+    """
+    digest = hashlib.sha256()
+    tokenizer = KosmosTokenizer.load(data.tokenizer)
+    digest.update(f"{tokenizer.fingerprint} {data.sequence_length}\n".encode())
+    for corpus in data.train:
+        manifest = read_manifest(corpus.prefix)
+        checksums = sorted(record.sha256 for record in manifest.files.values())
+        digest.update(f"{corpus.kind} {corpus.weight!r} {' '.join(checksums)}\n".encode())
+    return digest.hexdigest()

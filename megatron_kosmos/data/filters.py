@@ -1,0 +1,18 @@
+"""What preparation may leave out of interleaved documents: the paper's filters."""
+
+from pydantic import PositiveInt
+
+from megatron_kosmos.config.base import StrictModel
+
+
+class Filters(StrictModel):
+    """The paper's choice among interleaved documents (arXiv 2302.14045, section 3.1); all off by default."""
+
+    max_images: PositiveInt | None = None
+    """Pictures of a document to keep; later ones are dropped, their text stays. The paper: 5."""
+    halve_single_image: bool = False
+    """Drop half of the documents with one picture, chosen by a hash of their content."""
+    min_image_side: PositiveInt | None = None
+    """Drop pictures with a shorter side, in pixels. The paper: 64."""
+    drop_single_colour: bool = False
+    """Drop pictures of one colour."""

@@ -1,0 +1,119 @@
+"""Megatron's indexed binary: `.bin` holds the tokens of all documents, `.idx` where each of them lies.
+
+The files are those of megatron.core.datasets.indexed_dataset, byte for byte, with one sequence a document. Written here
+because its builder takes one torch tensor a document, and read here because its reader checks next to nothing.
+"""
+
+import struct
+from array import array
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_kosmos.data.errors import DataError
+from megatron_kosmos.data.manifest import check_size, path_with
+from megatron_kosmos.data.staging import StagedFile
+
+MAGIC = b"MMIDIDX\x00\x00"
+HEADER = struct.Struct("<9sQBQQ")
+"""Magic, version, code of the tokens' type, number of sequences, number of documents + 1."""
+VERSION = 1
+INT32, UINT16 = np.dtype("<i4"), np.dtype("<u2")
+TYPE_CODES: dict[int, np.dtype[Any]] = {4: INT32, 8: UINT16}
+
+
+def token_dtype(vocab_size: int) -> np.dtype[Any]:
+    """Return the type that Megatron chooses for ids below `vocab_size`."""
+    return UINT16 if vocab_size < 65_500 else INT32
+
+
+class IndexedWriter:
+    """Writes documents one after the other."""
+
+    def __init__(self, bin_file: StagedFile, idx_file: StagedFile, dtype: np.dtype[Any]) -> None:
+        self._bin, self._idx, self._dtype = bin_file, idx_file, dtype
+        self._lengths = array("i")
+
+    @property
+    def num_documents(self) -> int:
+        """Documents so far."""
+        return len(self._lengths)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens so far."""
+        return self._bin.num_bytes // self._dtype.itemsize
+
+    def append(self, tokens: NDArray[Any]) -> None:
+        """Write one document of the writer's type. Raises ValueError for another one."""
+        if tokens.dtype != self._dtype:
+            raise ValueError(f"tokens are {tokens.dtype}, the file holds {self._dtype}")
+        self._bin.write(tokens.tobytes())
+        self._lengths.append(len(tokens))
+
+    def finish(self) -> None:
+        """Write the index."""
+        lengths = np.frombuffer(self._lengths, dtype=np.int32)
+        code = next(code for code, dtype in TYPE_CODES.items() if dtype == self._dtype)
+        self._idx.write(HEADER.pack(MAGIC, VERSION, code, len(lengths), len(lengths) + 1))
+        for part in _index_arrays(lengths, self._dtype.itemsize):
+            self._idx.write(part.tobytes())
+
+
+class IndexedReader:
+    """Documents of `PREFIX.bin` through mmap; every size in `PREFIX.idx` is checked at the start."""
+
+    def __init__(self, prefix: Path) -> None:
+        """Raises DataError, with the file and its actual and expected bytes, when the files disagree."""
+        idx_path, bin_path = path_with(prefix, ".idx"), path_with(prefix, ".bin")
+        self.dtype, num_documents = _read_header(idx_path)
+        check_size(idx_path, HEADER.size + 20 * num_documents + 8 * (num_documents + 1))
+        buffer = np.memmap(idx_path, mode="r")
+        self.lengths: NDArray[np.int32] = np.frombuffer(buffer, "<i4", num_documents, HEADER.size)
+        """Tokens of each document."""
+        self._offsets = np.frombuffer(buffer, "<i8", num_documents, HEADER.size + 4 * num_documents)
+        documents = np.frombuffer(buffer, "<i8", num_documents + 1, HEADER.size + 12 * num_documents)
+        expected = _index_arrays(self.lengths, self.dtype.itemsize)
+        if self.lengths.min() < 1 or not all(map(np.array_equal, (self._offsets, documents), expected[1:])):
+            raise DataError(f"{idx_path} contradicts itself: lengths, offsets and documents disagree; prepare it again")
+        check_size(bin_path, int(self.lengths.sum(dtype=np.int64)) * self.dtype.itemsize)
+        self._tokens = np.memmap(bin_path, dtype=self.dtype, mode="r")
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, document: int) -> NDArray[Any]:
+        """Return the tokens of a document, as a view of the file."""
+        start = int(self._offsets[document]) // self.dtype.itemsize
+        return self._tokens[start : start + int(self.lengths[document])]
+
+
+def _index_arrays(lengths: NDArray[np.int32], itemsize: int) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
+    """Return lengths, byte offsets and document boundaries as the index holds them."""
+    offsets = np.zeros(len(lengths), dtype="<i8")
+    np.cumsum(lengths[:-1], out=offsets[1:])
+    return lengths.astype("<i4"), offsets * itemsize, np.arange(len(lengths) + 1, dtype="<i8")
+
+
+def _read_header(path: Path) -> tuple[np.dtype[Any], int]:
+    """Return the tokens' type and the number of documents. Raises DataError."""
+    try:
+        with path.open("rb") as file:
+            header = file.read(HEADER.size)
+    except OSError as error:
+        raise DataError(f"no index at {path}: {error.strerror}") from error
+    if len(header) < HEADER.size:
+        raise DataError(f"{path} is truncated: {len(header)} bytes, expected at least {HEADER.size}")
+    magic, version, code, num_sequences, num_boundaries = HEADER.unpack(header)
+    if magic != MAGIC or version != VERSION:
+        raise DataError(f"{path} is no indexed dataset of version {VERSION}: it starts with {header[:17].hex(' ')}")
+    if code not in TYPE_CODES:
+        raise DataError(f"{path} holds tokens of type {code}; types are 4 (int32) and 8 (uint16)")
+    if num_sequences < 1 or num_boundaries != num_sequences + 1:
+        raise DataError(
+            f"{path} holds {num_sequences} sequences and {num_boundaries} document boundaries; one sequence a document "
+            f"needs at least one sequence and one boundary more"
+        )
+    return TYPE_CODES[code], num_sequences

@@ -1,0 +1,214 @@
+"""Batches: the samples of each step, cut into microbatches for one data-parallel rank and read ahead by workers.
+
+Step s takes the global samples s·G … (s+1)·G - 1. Row b of microbatch m on data-parallel rank r is sample
+s·G + (m·dp_size + r)·micro_batch_size + b, so that a step has the same samples under any number of ranks.
+
+Shape letters: G global batch size, T tokens, I images, S image side, L slots.
+"""
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+
+from megatron_kosmos.batch import MultimodalBatch
+from megatron_kosmos.config.data import CorpusConfig, DataConfig
+from megatron_kosmos.data.collate import Collator, ImageFormat, Microbatch
+from megatron_kosmos.data.corpus import Corpus
+from megatron_kosmos.data.decoding import decode_image
+from megatron_kosmos.data.errors import DataError
+from megatron_kosmos.data.mixture import Mixture, Sample
+from megatron_kosmos.data.packing import Packer
+from megatron_kosmos.data.row_format import RowFormat
+from megatron_kosmos.data.tokenizer import KosmosTokenizer
+
+__all__ = ["BatchGeometry", "ImageFormat", "StepLoader", "heldout_batches", "heldout_captions"]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class BatchGeometry:
+    """How a step's samples are shared out."""
+
+    micro_batch_size: int
+    global_batch_size: int
+    dp_rank: int = 0
+    dp_size: int = 1
+
+    def __post_init__(self) -> None:
+        if self.global_batch_size % (self.micro_batch_size * self.dp_size):
+            raise ValueError(
+                f"global_batch_size={self.global_batch_size} is not a multiple of "
+                f"micro_batch_size={self.micro_batch_size} x {self.dp_size} data-parallel ranks"
+            )
+
+    @property
+    def num_microbatches(self) -> int:
+        """Microbatches of this rank in each step."""
+        return self.global_batch_size // (self.micro_batch_size * self.dp_size)
+
+    def samples(self, microbatch: int) -> range:
+        """Return the global samples of this rank's microbatch, counted from the first step on."""
+        step, within = divmod(microbatch, self.num_microbatches)
+        first = step * self.global_batch_size + (within * self.dp_size + self.dp_rank) * self.micro_batch_size
+        return range(first, first + self.micro_batch_size)
+
+
+class Samples(Protocol):
+    """Anything that gives the sample of a global index."""
+
+    def __getitem__(self, index: int) -> Sample: ...
+
+
+class StepLoader:
+    """The training batches of one data-parallel rank, a pure function of (seed, step)."""
+
+    def __init__(
+        self, data: DataConfig, images: ImageFormat, geometry: BatchGeometry, seed: int, decode_images: bool = True
+    ) -> None:
+        """Open the corpora. `decode_images` is for ranks that hold the vision tower; others get [0, 3, S, S].
+
+        Raises DataError when tokenizer or corpora are damaged or don't fit each other.
+        """
+        self.tokenizer = KosmosTokenizer.load(data.tokenizer)
+        packers = _open_packers(data, data.train, images, self.tokenizer)
+        collator = _collator(data, images, packers, decode_images)
+        mixture = Mixture(packers, [corpus.weight for corpus in data.train], seed)
+        self._geometry = geometry
+        self._microbatches = _Microbatches(mixture, geometry, collator)
+        self._num_workers = data.num_workers if decode_images else 0
+        self.num_bad_images = 0
+        """Pictures that did not decode and were replaced by a blank one so far (`on_bad_document: skip`)."""
+
+    def steps(self, start: int, stop: int) -> Iterator[list[MultimodalBatch]]:
+        """Yield the microbatches of steps `start` … `stop` - 1, a list for each.
+
+        Raises DataError, with shard, offset and document, for a picture that does not decode, unless
+        `on_bad_document` is "skip".
+        """
+        for step in _read_steps(self._microbatches, range(start, stop), self._num_workers):
+            for microbatch in step:
+                self.num_bad_images += len(microbatch.bad_images)
+            yield [microbatch.unwrap() for microbatch in step]
+
+
+def heldout_batches(
+    data: DataConfig,
+    corpus: CorpusConfig,
+    images: ImageFormat,
+    geometry: BatchGeometry,
+    num_sequences: int,
+    decode_images: bool = True,
+) -> Iterator[list[MultimodalBatch]]:
+    """Yield the first `num_sequences` rows of `corpus`, or all if it has fewer, unshuffled, as `StepLoader.steps` does.
+
+    Every rank gets the same number of microbatches: the last step is filled up with copies of the first row whose loss
+    mask is false everywhere. Raises DataError.
+    """
+    tokenizer = KosmosTokenizer.load(data.tokenizer)
+    (packer,) = packers = _open_packers(data, [corpus], images, tokenizer)
+    rows = _HeldoutRows(packer, num_sequences)
+    num_steps = -(-len(rows) // geometry.global_batch_size)
+    microbatches = _Microbatches(rows, geometry, _collator(data, images, packers, decode_images))
+    for step in _read_steps(microbatches, range(num_steps), data.num_workers if decode_images else 0):
+        yield [microbatch.unwrap() for microbatch in step]
+
+
+def heldout_captions(data: DataConfig, corpus: CorpusConfig, n: int) -> list[tuple[Image.Image, str]]:
+    """Return the first `n` pictures of a caption corpus, or all if it has fewer, each with its caption.
+
+    Raises DataError for a corpus of another kind and for a picture that does not decode.
+    """
+    tokenizer = KosmosTokenizer.load(data.tokenizer)
+    opened = Corpus(corpus, tokenizer)
+    if opened.images is None or opened.kind != "caption":
+        raise DataError(f"{corpus.prefix} holds {opened.kind} documents; captions need a corpus of kind: caption")
+    pairs = []
+    for document in range(min(n, len(opened))):
+        (image,) = opened.images_of(document)
+        try:
+            picture = decode_image(opened.images.read(image))
+        except DataError as error:
+            raise DataError(f"{opened.images.locate(image)}: {error}") from error
+        pairs.append((picture, tokenizer.decode(opened.tokens(document))))
+    return pairs
+
+
+class _HeldoutRows:
+    """The rows of one corpus in the order of its documents; beyond them copies of the first that don't count."""
+
+    def __init__(self, packer: Packer, num_sequences: int) -> None:
+        self._packer = packer
+        self._plan = packer.plan(packer.documents)
+        self._num_rows = min(num_sequences, self._plan.num_rows)
+
+    def __len__(self) -> int:
+        return self._num_rows
+
+    def __getitem__(self, index: int) -> Sample:
+        if index < self._num_rows:
+            return Sample(0, self._packer.row(self._plan, index))
+        return Sample(0, self._packer.row(self._plan, 0).without_targets())
+
+
+class _Microbatches(Dataset[Microbatch]):
+    """The microbatches of one rank, counted from the first step on."""
+
+    def __init__(self, samples: Samples, geometry: BatchGeometry, collator: Collator) -> None:
+        self._samples, self.geometry, self._collator = samples, geometry, collator
+
+    def __getitem__(self, number: int) -> Microbatch:
+        try:
+            return self._collator([self._samples[index] for index in self.geometry.samples(number)])
+        except DataError as error:  # as a value: the loader's own way buries it in a worker's traceback
+            return Microbatch(failure=str(error))
+
+
+def _read_steps(microbatches: _Microbatches, steps: range, num_workers: int) -> Iterator[list[Microbatch]]:
+    """Yield the microbatches of each step, read ahead by `num_workers` processes."""
+    per_step = microbatches.geometry.num_microbatches
+    loader = DataLoader(
+        microbatches,
+        batch_size=None,
+        sampler=range(steps.start * per_step, steps.stop * per_step),
+        num_workers=num_workers,
+        collate_fn=_unchanged,
+        # Workers share the opened corpora with this process and touch neither CUDA nor collectives.
+        multiprocessing_context="fork" if num_workers else None,
+    )
+    step: list[Microbatch] = []
+    for microbatch in loader:
+        for problem in microbatch.bad_images:
+            logger.warning("a picture is shown blank: %s", problem)
+        step.append(microbatch)
+        if len(step) == per_step:
+            yield step
+            step = []
+
+
+def _unchanged(microbatch: Any) -> Any:
+    return microbatch
+
+
+def _open_packers(
+    data: DataConfig, corpora: Sequence[CorpusConfig], images: ImageFormat, tokenizer: KosmosTokenizer
+) -> list[Packer]:
+    row_format = RowFormat(sequence_length=data.sequence_length, num_latents=images.num_latents)
+    packers = []
+    for config in corpora:
+        packer = Packer(Corpus(config, tokenizer), row_format, tokenizer, data.on_bad_document == "skip")
+        if packer.num_misfits:
+            logger.warning(
+                "%s: %d documents have too many pictures for a row and are left out", config.prefix, packer.num_misfits
+            )
+        packers.append(packer)
+    return packers
+
+
+def _collator(data: DataConfig, images: ImageFormat, packers: Sequence[Packer], decode_images: bool) -> Collator:
+    stop_at_bad = data.on_bad_document == "error"
+    return Collator([packer.corpus for packer in packers], images, decode_images, stop_at_bad)
