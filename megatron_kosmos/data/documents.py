@@ -147,6 +147,12 @@ def parse_record(kind: SourceKind, record: RawRecord) -> Document:
     return Document(parts, record.origin)
 
 
+def read_texts(file: Path) -> Iterator[str]:
+    """Yield the texts of a file of text documents. Raises DataError for the first one that cannot be used."""
+    for record in read_records("text", file):
+        yield from (part for part in parse_record("text", record).parts if isinstance(part, str))
+
+
 def _parse_line(kind: SourceKind, record: RawRecord, content: bytes) -> tuple[str | ImageReference, ...]:
     text = _decode(record, content)
     try:
