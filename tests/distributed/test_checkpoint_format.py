@@ -5,6 +5,7 @@ import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
+from zlib import crc32
 
 import pytest
 import torch
@@ -16,7 +17,12 @@ from megatron_kosmos.checkpoint.load import find_latest, load_checkpoint, read_t
 from megatron_kosmos.checkpoint.mesh import CheckpointMesh
 from megatron_kosmos.checkpoint.save import save_checkpoint
 from megatron_kosmos.checkpoint.tensors import TensorShard
+from megatron_kosmos.config import RunConfig
+from megatron_kosmos.engine.builder import build_chunks, derive_transformer_config
+from megatron_kosmos.model.names import named_parameters
+from megatron_kosmos.parallel.topology import build_topology
 from tests.distributed.harness import RankFailure, run_ranks
+from tests.distributed.tiny import tiny_run
 
 pytestmark = pytest.mark.distributed
 
@@ -235,3 +241,43 @@ def test_parts_that_make_no_whole_are_refused(tmp_path: Path) -> None:
     assert "invalid fill" in message
     assert other == message
     assert list(tmp_path.iterdir()) == []
+
+
+def draw(shard: TensorShard, mesh: CheckpointMesh) -> Tensor:
+    """Return this rank's part of a random tensor that depends on the name alone."""
+    whole = torch.randn(shard.global_shape(mesh), generator=torch.Generator().manual_seed(crc32(shard.name.encode())))
+    return whole if shard.shard_dim is None else whole.chunk(mesh.tp_size, shard.shard_dim)[mesh.tp_rank]
+
+
+def build_model(run: RunConfig) -> tuple[CheckpointMesh, list[TensorShard]]:
+    topology = build_topology(run.parallel, torch.device("cpu"))
+    (chunk,) = build_chunks(run, derive_transformer_config(run), topology)
+    mesh = CheckpointMesh(topology.tp_rank, topology.tp_size, dist.group.WORLD)
+    return mesh, [TensorShard(n.name, n.parameter.detach(), n.shard_dim) for n in named_parameters(chunk)]
+
+
+def save_model(run: RunConfig, root: Path) -> None:
+    mesh, shards = build_model(run)
+    for shard in shards:
+        shard.local.copy_(draw(shard, mesh))
+    save_checkpoint(root, 1, shards, {}, mesh, keep_last=1)
+
+
+def load_model(run: RunConfig, folder: Path) -> list[str]:
+    mesh, shards = build_model(run)
+    load_checkpoint(folder, shards, mesh)
+    assert all(torch.equal(shard.local, draw(shard, mesh)) for shard in shards)
+    return [shard.name for shard in shards if shard.shard_dim == 0 and shard.local.dim() == 1]
+
+
+@pytest.mark.parametrize("saved_with, loaded_with", [(2, 1), (2, 2), (1, 4)])
+def test_a_model_with_no_constant_weight_survives(saved_with: int, loaded_with: int, tmp_path: Path) -> None:
+    run_ranks(save_model, saved_with, tiny_run(parallel__tensor_parallel_size=saved_with), tmp_path)
+    run = tiny_run(parallel__tensor_parallel_size=loaded_with)
+    (cut_vectors, *_) = run_ranks(load_model, loaded_with, run, tmp_path / "step_00000001")
+    assert {
+        f"decoder.layers.{layer}.{norm}.{kind}"
+        for layer in range(4)
+        for norm in ("self_attention.linear_proj.norm", "mlp.linear_fc2.norm")
+        for kind in ("weight", "bias")
+    } <= set(cut_vectors)
