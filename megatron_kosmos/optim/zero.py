@@ -11,11 +11,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import deepspeed
+import deepspeed.ops
 import torch
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
-from deepspeed.runtime.utils import clip_grad_norm_
+from deepspeed.runtime.utils import get_global_norm_of_tensors, is_model_parallel_parameter
 from megatron.core import parallel_state
 from torch import Tensor, nn
+from torch.nn.utils import clip_grads_with_norm_
 
 from megatron_kosmos.config import RunConfig
 from megatron_kosmos.optim.finalization import finalize_gradients, sum_gradients_while_they_arise, sum_tied_embedding
@@ -72,7 +74,10 @@ class ZeroOptimizer:
     def gradient_of(self, parameter: nn.Parameter) -> Tensor | None:
         """Return the accumulated local gradient before any data-parallel reduction; stages 0 and 1."""
         if isinstance(self.optimizer, BF16_Optimizer):
-            return parameter._hp_grad if parameter.requires_grad else None  # type: ignore[attr-defined]
+            if not parameter.requires_grad:
+                return None
+            flat: Tensor = parameter._hp_grad  # type: ignore[attr-defined]
+            return flat.view_as(parameter)
         return parameter.grad
 
     def finalize(self) -> None:
@@ -97,14 +102,20 @@ class ZeroOptimizer:
         self.optimizer.zero_grad()
 
     def _keep_norm_of_plain_optimizer(self) -> None:
-        """Without ZeRO DeepSpeed clips but forgets the norm (0.19.8, `clip_fp32_gradients`): keep it."""
+        """Without ZeRO, DeepSpeed 0.19.8 clips by a norm that leaves out what later pipeline stages replicate, and
+        forgets it (`clip_fp32_gradients`): count each parameter once, and keep the norm."""
 
         def clip_and_keep() -> None:
-            self.engine._global_grad_norm = clip_grad_norm_(
-                parameters=self.engine.module.parameters(),
-                max_norm=self.engine.gradient_clipping(),
-                mpu=self.engine.mpu,
-            )
+            counted = [
+                parameter.grad
+                for parameter in self.parameters
+                if parameter.grad is not None
+                and not getattr(parameter, "ds_pipe_replicated", False)
+                and (self.topology.tp_rank == 0 or is_model_parallel_parameter(parameter))
+            ]
+            norm = torch.as_tensor(get_global_norm_of_tensors(counted, mpu=self.engine.mpu))
+            clip_grads_with_norm_(self.parameters, self.engine.gradient_clipping(), norm)
+            self.engine._global_grad_norm = norm
 
         self.engine.clip_fp32_gradients = clip_and_keep
 
@@ -133,10 +144,12 @@ def deepspeed_config(run: RunConfig, dp_size: int) -> dict[str, Any]:
 
 
 def _quiet_deepspeed() -> None:
-    """Keep DeepSpeed from logging every setting, and on the CPU from compiling a C++ op for 90 seconds."""
+    """Keep DeepSpeed from logging every setting, and on the CPU from trying out compilers and building a C++ op.
+
+    DeepSpeed probes its ops when it is first asked for this dict, and builds its shared-memory op for 90 seconds where
+    the probe succeeds; a build that was killed leaves a lock that hangs later runs.
+    """
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     if not torch.cuda.is_available():
-        import deepspeed.ops
-
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
     deepspeed.init_distributed(verbose=False)

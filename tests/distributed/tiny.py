@@ -60,10 +60,12 @@ def tiny_run(**changes: Any) -> RunConfig:
 def step_batches(step: int, pattern: str) -> list[MultimodalBatch]:
     """Return the global batch of `step` as microbatches in order of their global index.
 
-    `pattern` has a letter for each microbatch: t text alone, i images in every sequence, m one with and one without,
-    e no target token at all.
+    `pattern` has a word for each step, repeated from the first when they run out, and in it a letter for each
+    microbatch: t text alone, i images in every sequence, m one with and one without, e no target token at all.
     """
-    return [_microbatch(1000 * step + index, letter) for index, letter in enumerate(pattern)]
+    words = pattern.split()
+    letters = words[step % len(words)]
+    return [_microbatch(1000 * step + index, letter) for index, letter in enumerate(letters)]
 
 
 def rank_batches(step: int, pattern: str, dp_rank: int, dp_size: int) -> list[MultimodalBatch]:

@@ -28,7 +28,9 @@ class TrainingRecord:
     weights: dict[str, Tensor]
 
 
-def train_in_ranks(world_size: int, pattern: str = "timm", num_steps: int = NUM_STEPS, **changes: Any) -> TrainingRecord:
+def train_in_ranks(
+    world_size: int, pattern: str = "timm", num_steps: int = NUM_STEPS, **changes: Any
+) -> TrainingRecord:
     """Train the tiny model on `world_size` ranks with dotted configuration `changes`; see `tiny.step_batches`."""
     run = tiny_run(**changes)
     results = run_ranks(train_rank, world_size, run, pattern, num_steps)
