@@ -41,7 +41,7 @@ class KosmosHFTokenizer(PreTrainedTokenizer):
         self._size: int = settings["vocab_size"]
         self._offset: int = settings["piece_offset"]
         self._special: dict[str, int] = settings["special_tokens"]
-        self._names = {number: name for name, number in self._special.items()}
+        self._names = {number: name for name, number in reversed(self._special.items())}  # of two the first counts
         self._line_id = self._special[LINE] if settings["newlines"] == "line" else None
         alike = {self._pieces.piece_to_id(name) for name in self._special} - {self._pieces.unk_id()}
         # Pieces that read like a special token without being it go by their number.

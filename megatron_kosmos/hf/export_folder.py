@@ -1,0 +1,95 @@
+"""Everything of an exported folder but its weights and its card: configurations, tokenizer files and code."""
+
+from pathlib import Path
+
+import torch
+from transformers import GenerationConfig
+from transformers.dynamic_module_utils import custom_object_save
+
+from megatron_kosmos.config import ModelConfig
+from megatron_kosmos.hf import (
+    KosmosConfig,
+    KosmosForConditionalGeneration,
+    KosmosHFTokenizer,
+    KosmosImageProcessor,
+    KosmosProcessor,
+)
+from megatron_kosmos.prompt import IMAGE_MEAN, IMAGE_STD
+
+MAX_NEW_TOKENS = 64
+"""What `generate()` writes at most when it is not told: captions are short."""
+
+
+def kosmos_config(model: ModelConfig, tokenizer: KosmosHFTokenizer) -> KosmosConfig:
+    """Translate a training configuration."""
+    decoder, vision, resampler = model.decoder, model.vision, model.resampler
+    return KosmosConfig(
+        architectures=[KosmosForConditionalGeneration.__name__],
+        vocab_size=decoder.vocab_size,
+        hidden_size=decoder.width,
+        intermediate_size=decoder.ffn_width,
+        num_hidden_layers=decoder.num_layers,
+        num_attention_heads=decoder.num_heads,
+        num_key_value_heads=decoder.num_query_groups or decoder.num_heads,
+        max_position_embeddings=decoder.max_sequence_length,
+        xpos=decoder.xpos,
+        learned_positions=decoder.learned_positions,
+        dropout=decoder.dropout,
+        attention_dropout=decoder.attention_dropout,
+        layer_norm_eps=decoder.layer_norm_epsilon,
+        tie_word_embeddings=decoder.tie_embeddings,
+        vision_config={
+            "hidden_size": vision.width,
+            "intermediate_size": vision.ffn_width,
+            "num_hidden_layers": vision.num_layers,
+            "num_attention_heads": vision.num_heads,
+            "image_size": vision.image_size,
+            "patch_size": vision.patch_size,
+            "hidden_act": vision.activation,
+        },
+        resampler_depth=resampler.depth,
+        resampler_num_heads=resampler.num_heads,
+        resampler_head_size=resampler.head_size,
+        resampler_ffn_multiplier=resampler.ffn_multiplier,
+        num_image_tokens=resampler.num_latents,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        image_token_id=tokenizer.image_token_id,
+        end_of_image_token_id=tokenizer.end_of_image_token_id,
+    )
+
+
+def kosmos_processor(model: ModelConfig, tokenizer: KosmosHFTokenizer) -> KosmosProcessor:
+    """Return the processor that lays out prompts and pictures as training did."""
+    side = model.vision.image_size
+    image_processor = KosmosImageProcessor(
+        size={"shortest_edge": side},
+        crop_size={"height": side, "width": side},
+        image_mean=list(IMAGE_MEAN),
+        image_std=list(IMAGE_STD),
+    )
+    tokenizer.model_max_length = model.decoder.max_sequence_length
+    return KosmosProcessor(image_processor, tokenizer, model.resampler.num_latents)
+
+
+def generation_config(config: KosmosConfig) -> GenerationConfig:
+    """Return defaults for `generate()`: it writes text, so padding, `<s>` and image markers are never chosen."""
+    markers = [config.pad_token_id, config.bos_token_id, config.image_token_id, config.end_of_image_token_id]
+    return GenerationConfig(
+        pad_token_id=config.pad_token_id,
+        bos_token_id=config.bos_token_id,
+        eos_token_id=config.eos_token_id,
+        suppress_tokens=[marker for marker in markers if marker != config.eos_token_id],  # `<s>` may be `</s>`
+        max_new_tokens=MAX_NEW_TOKENS,
+    )
+
+
+def write_folder(folder: Path, config: KosmosConfig, processor: KosmosProcessor) -> None:
+    """Write configurations, tokenizer files and the code that `trust_remote_code` runs to `folder`."""
+    with torch.device("meta"):
+        model = KosmosForConditionalGeneration(config)
+    custom_object_save(model, folder, config=config)
+    config.save_pretrained(folder)
+    generation_config(config).save_pretrained(folder)
+    processor.save_pretrained(folder)

@@ -1,0 +1,125 @@
+"""The exported model against the training model: the same logits from the same checkpoint."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from megatron_kosmos.data.images import load_image
+from megatron_kosmos.data.tokenizer import KosmosTokenizer
+from megatron_kosmos.data.tokenizer_making import TrainingSettings, train_tokenizer
+from megatron_kosmos.engine.convert import to_hf
+from megatron_kosmos.engine.generate import Generator
+from tests.unit.hf.checkpoints import STEP, trained_run
+
+pytestmark = pytest.mark.parity
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "untied": {},
+    "tied": {"model__decoder__tie_embeddings": True},
+    "learned_and_xpos": {"model__decoder__learned_positions": True},
+    "learned_alone": {"model__decoder__learned_positions": True, "model__decoder__xpos": False},
+    "grouped": {"model__decoder__num_query_groups": 2, "model__vision__activation": "gelu"},
+    "multi_query_tied_bf16": {
+        "model__decoder__num_query_groups": 1,
+        "model__decoder__tie_embeddings": True,
+        "training__precision": "bf16",
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    text = ["An image of a handwritten seven. Words and numbers, 0 1 2 3 4 5 6 7 8 9.\nAnother line."] * 5
+    train_tokenizer(text, TrainingSettings(vocab_size=300)).save(folder)
+    return folder
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_logits_are_those_of_the_training_model(variant: str, tokenizer: Path, tmp_path: Path) -> None:
+    trained_run(tmp_path / "run", tokenizer, **VARIANTS[variant])
+    report = to_hf(tmp_path / "run", tmp_path / "exported")
+    assert report.max_abs_logit_diff is not None
+    assert report.max_abs_logit_diff < 1e-5
+    assert json.loads((tmp_path / "exported" / "conversion.json").read_text()) == vars(report)
+
+
+REMOTE = """
+import json, sys
+
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("megatron_kosmos", "megatron", "deepspeed"):
+            raise ImportError(f"{name} must not be needed")
+
+sys.meta_path.insert(0, Block())
+import torch
+from PIL import Image
+from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor, AutoTokenizer
+
+folder, picture, prompt = sys.argv[1:]
+config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
+processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+inputs = processor(text=prompt, images=[Image.open(picture)], return_tensors="pt")
+with torch.no_grad():
+    logits = model(**inputs).logits
+tokens = model.generate(**inputs, max_new_tokens=6, num_beams=5)
+model.save_pretrained(folder + "_again")
+processor.save_pretrained(folder + "_again")
+again = AutoModelForCausalLM.from_pretrained(folder + "_again", trust_remote_code=True).eval()
+AutoProcessor.from_pretrained(folder + "_again", trust_remote_code=True)
+print(json.dumps({
+    "model_type": config.model_type,
+    "ids": inputs["input_ids"].tolist(),
+    "pixels": inputs["pixel_values"].tolist(),
+    "logits": logits.tolist(),
+    "text": processor.batch_decode(tokens[:, inputs["input_ids"].shape[1]:])[0],
+    "tokenizer": tokenizer(prompt, add_special_tokens=False)["input_ids"],
+    "same_weights": all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values())),
+}))
+"""
+
+
+def test_the_folder_loads_in_a_process_without_this_package(tokenizer: Path, tmp_path: Path) -> None:
+    trained_run(tmp_path / "run", tokenizer, model__decoder__tie_embeddings=True)
+    folder, picture = tmp_path / "exported", tmp_path / "picture.png"
+    to_hf(tmp_path / "run" / "checkpoints" / f"step_{STEP:08d}", folder)
+    noise = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(picture)
+    prompt = "An image of\n<image> a seven"
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    result = subprocess.run(
+        [sys.executable, "-P", "-c", REMOTE, str(folder), str(picture), prompt],
+        cwd=tmp_path,
+        env=environment | {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    found = json.loads(result.stdout.splitlines()[-1])
+    ours = KosmosTokenizer.load(tokenizer)
+    assert found["model_type"] == "megatron_kosmos"
+    assert found["tokenizer"] == ours.encode(prompt)
+    assert found["same_weights"]
+    slots = [ours.image_id, *[ours.pad_id] * 3, ours.end_of_image_id]
+    assert found["ids"] == [[ours.bos_id, *ours.encode("An image of\n"), *slots, *ours.encode("a seven")]]
+    pixels = load_image(picture, 16)
+    assert (torch.tensor(found["pixels"][0]) - pixels).abs().mean() < 1e-3
+    generator = Generator.load(folder, torch.device("cpu"))
+    inputs = generator.processor(text=prompt, images=[Image.open(picture)], return_tensors="pt")
+    with torch.no_grad():
+        logits = generator.model(**inputs).logits
+    assert torch.allclose(torch.tensor(found["logits"]), logits, atol=1e-6)
+    assert generator.generate([prompt], [[Image.open(picture)]], max_new_tokens=6, num_beams=5) == [found["text"]]
