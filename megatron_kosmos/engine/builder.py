@@ -1,45 +1,44 @@
 """The composition root: from a configuration and a topology to the parts of a training run."""
 
-from dataclasses import dataclass
-
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
 from megatron_kosmos.config import RunConfig
+from megatron_kosmos.engine.checkpointing import CheckpointStore, restore_optimizer, restore_weights
+from megatron_kosmos.engine.stage import Stage
 from megatron_kosmos.model.initialization import initialize
 from megatron_kosmos.model.kosmos import KosmosModel
 from megatron_kosmos.model.magneto import transformer_config
-from megatron_kosmos.model.names import TIED_EMBEDDING, NamedParameter, named_parameters
+from megatron_kosmos.model.names import TIED_EMBEDDING, named_parameters
 from megatron_kosmos.optim.zero import ZeroOptimizer
 from megatron_kosmos.parallel.stages import balance_layers, chunks_of_stage
 from megatron_kosmos.parallel.topology import Topology
 
 
-@dataclass(frozen=True)
-class Stage:
-    """The part of the model that this rank holds, and its optimizer."""
+def build_stage(run: RunConfig, topology: Topology, store: CheckpointStore | None = None) -> tuple[Stage, int]:
+    """Build what this rank trains; return it with the optimizer steps that it has behind it.
 
-    chunks: tuple[KosmosModel, ...]
-    transformer: TransformerConfig
-    optimizer: ZeroOptimizer
-
-    @property
-    def named(self) -> list[NamedParameter]:
-        """Every parameter of this rank under its global name, the tied copy included."""
-        return [named for chunk in self.chunks for named in named_parameters(chunk)]
-
-
-def build_stage(run: RunConfig, topology: Topology) -> Stage:
-    """Build, initialize and wrap what this rank trains."""
-    transformer = derive_transformer_config(run)
-    chunks = build_chunks(run, transformer, topology)
+    With a `store` that holds a checkpoint the stage continues from the newest one, else it starts from the seed.
+    Raises CheckpointError on every rank alike where the checkpoint holds another model.
+    """
+    chunks = build_chunks(run, derive_transformer_config(run), topology)
+    named = [named for chunk in chunks for named in named_parameters(chunk)]
+    folder = store.latest() if store is not None else None
+    snapshot = store.load(folder, named, run) if store is not None and folder is not None else None
+    if snapshot is None:
+        for chunk in chunks:
+            initialize(chunk, run.training.seed)
+    else:
+        restore_weights(named, snapshot)
     for chunk in chunks:
-        initialize(chunk, run.training.seed)
         chunk.to(topology.device)
-    names = {named.parameter: named.name for chunk in chunks for named in named_parameters(chunk)}
-    optimizer = ZeroOptimizer(chunks, names, _tied_weight(names), run, topology)
-    return Stage(chunks, transformer, optimizer)
+    names = {one.parameter: one.name for chunk in chunks for one in named_parameters(chunk)}
+    stage = Stage(chunks, ZeroOptimizer(chunks, names, _tied_weight(names), run, topology))
+    if snapshot is None:
+        return stage, 0
+    restore_optimizer(stage, snapshot)
+    return stage, snapshot.step
 
 
 def build_chunks(run: RunConfig, transformer: TransformerConfig, topology: Topology) -> tuple[KosmosModel, ...]:
@@ -81,7 +80,7 @@ def _end_costs(run: RunConfig) -> tuple[float, float]:
         inner + resampler.ffn_multiplier * vision.width
     )
     image = vision.num_layers * vision_layer + resampler.depth * resampler_layer
-    weights = {kind: 0.0 for kind in ("text", "caption", "interleaved")}
+    weights = dict.fromkeys(("text", "caption", "interleaved"), 0.0)
     for corpus in run.data.train:
         weights[corpus.kind] += corpus.weight
     images_per_token = (weights["caption"] / 2 + weights["interleaved"] / 4) / resampler.num_latents

@@ -7,21 +7,24 @@ averages that the schedule and DeepSpeed take give sum / N.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from torch import Tensor
+from torch import Tensor, nn
 
 from megatron_kosmos.batch import MultimodalBatch
 from megatron_kosmos.config import RunConfig
-from megatron_kosmos.engine.builder import Stage
+from megatron_kosmos.engine.stage import Stage
 from megatron_kosmos.model.kosmos import KosmosModel
+from megatron_kosmos.observability.timers import Timers
 from megatron_kosmos.parallel.randomness import seed_microbatch
 from megatron_kosmos.parallel.topology import Topology
 from megatron_kosmos.prompt import SOURCE_KINDS, SourceKind
 
 LossFunction = Callable[[Tensor], tuple[Tensor, dict[str, Tensor]]]
+Microbatches = Iterator[tuple[int, MultimodalBatch]]
 
 
 @dataclass(frozen=True)
@@ -45,12 +48,12 @@ class LossSums:
 class StepResult:
     """What one optimizer step did."""
 
-    sums: LossSums | None
-    """On the last pipeline stage only."""
+    sums: LossSums
     grad_norm: float
     """Global norm before clipping; 0 for a step without targets."""
     learning_rate: float
     num_targets: int
+    num_images: int
 
 
 class StepRunner:
@@ -58,6 +61,7 @@ class StepRunner:
 
     def __init__(self, run: RunConfig, stage: Stage, topology: Topology) -> None:
         self.run, self.stage, self.topology = run, stage, topology
+        self.timers = Timers()
         self._schedule = get_forward_backward_func(
             pp_size=topology.pp_size, vp_size=topology.virtual_size if topology.virtual_size > 1 else None
         )
@@ -67,51 +71,76 @@ class StepRunner:
 
         A step without a target token anywhere leaves the weights alone.
         """
-        num_targets = self._count_targets(microbatches)
+        num_targets, num_images = self._count(microbatches)
         for chunk in self.stage.chunks:
             chunk.train()
         scale = len(microbatches) * self.topology.dp_size / max(1, num_targets)
-        sums = self._run_schedule(step, microbatches, scale, forward_only=False)
+        with self.timers.section("forward_backward"):
+            outputs = self._run_schedule(microbatches, self._forward_step(step, scale), forward_only=False)
+            sums = self._reduce(outputs)
         if num_targets == 0:
             self.stage.optimizer.drop_gradients()
-            return StepResult(sums, 0.0, 0.0, 0)
-        self.stage.optimizer.finalize()
-        grad_norm, learning_rate = self.stage.optimizer.step(step)
-        return StepResult(sums, grad_norm, learning_rate, num_targets)
+            return StepResult(sums, 0.0, 0.0, 0, num_images)
+        with self.timers.section("finalize"):
+            self.stage.optimizer.finalize()
+        with self.timers.section("step"):
+            grad_norm, learning_rate = self.stage.optimizer.step(step)
+        return StepResult(sums, grad_norm, learning_rate, num_targets, num_images)
 
     @torch.no_grad()
-    def evaluate(self, microbatches: Sequence[MultimodalBatch]) -> LossSums | None:
-        """Return the losses of `microbatches` without dropout, over all data ranks; on the last stage only."""
+    def evaluate(self, microbatches: Sequence[MultimodalBatch]) -> LossSums:
+        """Return the losses of `microbatches` without dropout, over all data ranks."""
         for chunk in self.stage.chunks:
             chunk.eval()
-        return self._run_schedule(0, microbatches, 1.0, forward_only=True)
+        return self._reduce(self._run_schedule(microbatches, self._forward_step(0, 1.0), forward_only=True))
+
+    @torch.no_grad()
+    def likeliest_tokens(self, batch: MultimodalBatch, column: int) -> Tensor:
+        """Return the likeliest token [B] after position `column` of each row, on every rank.
+
+        All ranks pass the same batch. Broadcast from the last stage.
+        """
+        for chunk in self.stage.chunks:
+            chunk.eval()
+
+        def forward(iterator: Microbatches, chunk: KosmosModel) -> tuple[Tensor, Callable[..., Tensor]]:
+            _, microbatch = next(iterator)
+            output = self._module(chunk)(microbatch.to(self.topology.device), wants_logits=True)
+            return output, lambda logits_BTV, non_loss_data: logits_BTV[:, column].argmax(-1)
+
+        outputs = self._run_schedule([batch], forward, forward_only=True, collect_non_loss_data=True)
+        tokens = outputs[0] if outputs else torch.zeros(len(batch.input_ids), dtype=torch.int64)
+        tokens = tokens.to(self.topology.device)
+        if self.topology.pp_size > 1:
+            dist.broadcast(tokens, group_src=self.topology.pp_size - 1, group=self.topology.pp_group)
+        return tokens.cpu()
 
     def _run_schedule(
-        self, step: int, microbatches: Sequence[MultimodalBatch], scale: float, forward_only: bool
-    ) -> LossSums | None:
+        self, microbatches: Sequence[MultimodalBatch], forward_step: Callable[..., Any], **options: bool
+    ) -> list[Any]:
         chunks = self.stage.chunks
-        iterators = [iter(enumerate(microbatches)) for _ in chunks]
-        outputs = self._schedule(
-            forward_step_func=self._forward_step(step, scale),
+        iterators: list[Microbatches] = [iter(enumerate(microbatches)) for _ in chunks]
+        outputs: list[Any] = self._schedule(
+            forward_step_func=forward_step,
             data_iterator=iterators if len(chunks) > 1 else iterators[0],
             model=list(chunks) if len(chunks) > 1 else chunks[0],
             num_microbatches=len(microbatches),
             seq_length=self.run.data.sequence_length,
             micro_batch_size=self.run.training.micro_batch_size,
-            forward_only=forward_only,
+            **options,
         )
-        return self._reduce(outputs) if self.topology.is_last_stage else None
+        return outputs
 
     def _forward_step(
         self, step: int, scale: float
-    ) -> Callable[[Iterator[tuple[int, MultimodalBatch]], KosmosModel], tuple[Tensor, LossFunction]]:
+    ) -> Callable[[Microbatches, KosmosModel], tuple[Tensor, LossFunction]]:
         """Return the function that megatron-core's schedule calls for each microbatch and chunk."""
 
-        def forward(iterator: Iterator[tuple[int, MultimodalBatch]], chunk: KosmosModel) -> tuple[Tensor, LossFunction]:
+        def forward(iterator: Microbatches, chunk: KosmosModel) -> tuple[Tensor, LossFunction]:
             index, batch = next(iterator)
             batch = batch.to(self.topology.device)
             seed_microbatch(self.run.training.seed, step, index, chunk.chunk.index, self.topology)
-            output = (self.stage.optimizer.module_to_run or chunk)(batch)
+            output = self._module(chunk)(batch)
 
             def loss(losses_BT: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
                 return losses_BT.sum() * scale, {"sums": _sums_by_source(losses_BT.detach(), batch)}
@@ -120,16 +149,25 @@ class StepRunner:
 
         return forward
 
-    def _count_targets(self, microbatches: Sequence[MultimodalBatch]) -> int:
-        """Return the target tokens of the whole step. All-reduce over the data ranks."""
-        count = torch.tensor(sum(batch.num_target_tokens for batch in microbatches), device=self.topology.device)
-        dist.all_reduce(count, group=self.topology.dp_group)
-        return int(count)
+    def _module(self, chunk: KosmosModel) -> nn.Module:
+        return self.stage.optimizer.module_to_run or chunk
+
+    def _count(self, microbatches: Sequence[MultimodalBatch]) -> tuple[int, int]:
+        """Return target tokens and images of the whole step. All-reduce over the data ranks."""
+        counts = [(batch.num_target_tokens, len(batch.image_positions)) for batch in microbatches]
+        total = torch.tensor(counts, device=self.topology.device).sum(0)
+        dist.all_reduce(total, group=self.topology.dp_group)
+        num_targets, num_images = total.tolist()
+        return num_targets, num_images
 
     def _reduce(self, outputs: Sequence[dict[str, Tensor]]) -> LossSums:
-        """Add up the microbatches' sums. All-reduce over the data ranks."""
-        sums = torch.stack([output["sums"] for output in outputs]).sum(0)
-        dist.all_reduce(sums, group=self.topology.dp_group)
+        """Add up the microbatches' sums of the last stage: all-reduce over the data ranks, broadcast to all stages."""
+        sums = torch.zeros(2, len(SOURCE_KINDS), dtype=torch.float64, device=self.topology.device)
+        if self.topology.is_last_stage:
+            sums += torch.stack([output["sums"] for output in outputs]).sum(0)
+            dist.all_reduce(sums, group=self.topology.dp_group)
+        if self.topology.pp_size > 1:
+            dist.broadcast(sums, group_src=self.topology.pp_size - 1, group=self.topology.pp_group)
         losses, targets = sums.tolist()
         return LossSums(
             dict(zip(SOURCE_KINDS, losses, strict=True)),

@@ -76,22 +76,25 @@ class KosmosModel(MegatronModule):
         """Take the hidden states [T, B, D] of the previous stage (called by megatron-core's schedule)."""
         self.decoder.set_input_tensor(input_tensor[0] if isinstance(input_tensor, list) else input_tensor)
 
-    def forward(self, batch: MultimodalBatch) -> Tensor:
+    def forward(self, batch: MultimodalBatch, wants_logits: bool = False) -> Tensor:
         """Return hidden states [T, B, D] to send on; on the last chunk each position's loss [B, T] in nats.
 
-        Losses are zero where `batch.loss_mask` is false; they are alike on all tensor-parallel ranks.
+        Losses are zero where `batch.loss_mask` is false; they are alike on all tensor-parallel ranks. With
+        `wants_logits` the last chunk returns the logits [B, T, V] of the existing ids, gathered from the tensor ranks.
         """
         hidden_TBD = self._decode(batch)
         if not self.chunk.is_last:
             return hidden_TBD
-        return token_losses(self._local_logits(hidden_TBD), batch.labels, batch.loss_mask)
-
-    def logits(self, batch: MultimodalBatch) -> Tensor:
-        """Return the logits [B, T, V] of the existing ids, gathered from the tensor ranks. Needs the whole model."""
-        logits_TBV = self._local_logits(self._decode(batch))
+        logits_TBV = self._local_logits(hidden_TBD)
+        if not wants_logits:
+            return token_losses(logits_TBV, batch.labels, batch.loss_mask)
         if self.topology.tp_size > 1:
             logits_TBV = gather_from_tensor_model_parallel_region(logits_TBV)
         return logits_TBV.transpose(0, 1)[..., : self.model_config.decoder.vocab_size]
+
+    def logits(self, batch: MultimodalBatch) -> Tensor:
+        """Return the logits [B, T, V] of a model that this rank's stage holds whole."""
+        return self(batch, wants_logits=True)
 
     def embed_images(self, images: Tensor) -> Tensor:
         """Return embeddings [I', L, D] of images [I, 3, S, S], I' ≥ I: blank ones fill up the tensor ranks' shares."""

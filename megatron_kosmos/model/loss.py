@@ -19,10 +19,10 @@ def mask_padded_vocabulary(logits_TBV: Tensor, vocab_size: int, tp_rank: int) ->
 
 
 def token_losses(logits_TBV: Tensor, labels_BT: Tensor, loss_mask_BT: Tensor) -> Tensor:
-    """Return each position's cross-entropy [B, T] in nats, zero where `loss_mask_BT` is false. fp32 (fp64 for fp64).
+    """Return each position's cross-entropy [B, T] in nats, zero where `loss_mask_BT` is false.
 
-    Over the tensor-parallel group: all-reduces of the maximum, the target's logit and the sum of exponentials.
+    fp32, arithmetic and result; logits in fp32 are overwritten. Over the tensor-parallel group: all-reduces of the
+    maximum, the target's logit and the sum of exponentials.
     """
-    logits_TBV = logits_TBV.to(torch.promote_types(logits_TBV.dtype, torch.float32))
     losses_TB = vocab_parallel_cross_entropy(logits_TBV, labels_BT.transpose(0, 1).contiguous())
     return losses_TB.transpose(0, 1) * loss_mask_BT

@@ -24,6 +24,7 @@ from megatron_kosmos.optim.finalization import finalize_gradients, sum_gradients
 from megatron_kosmos.optim.groups import parameter_groups
 from megatron_kosmos.optim.mpu import ModelParallelUnit
 from megatron_kosmos.optim.schedule import learning_rate
+from megatron_kosmos.optim.state import OptimizerState
 from megatron_kosmos.parallel.topology import Topology
 
 
@@ -63,6 +64,7 @@ class ZeroOptimizer:
             mpu=ModelParallelUnit(),
             dist_init_required=False,
         )
+        self.state = OptimizerState(self.adamw, self.optimizer, self.stage, topology.dp_rank)
         if self.stage == 0:
             self._keep_norm_of_plain_optimizer()
 

@@ -50,11 +50,6 @@ class Topology:
         """Whether this rank holds the output projection and computes the loss."""
         return self.pp_rank == self.pp_size - 1
 
-    @property
-    def writes_metrics(self) -> bool:
-        """Whether this is the one rank that reports: the first tensor and data rank of the last stage."""
-        return self.is_last_stage and self.tp_rank == 0 and self.dp_rank == 0
-
     def describe(self) -> str:
         """Return the place as people write it, for logs and errors."""
         return f"tp{self.tp_rank}/{self.tp_size} pp{self.pp_rank}/{self.pp_size} dp{self.dp_rank}/{self.dp_size}"

@@ -9,7 +9,8 @@ from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
 from torch import Tensor, nn
 
 from megatron_kosmos.config import RunConfig
-from megatron_kosmos.engine.builder import Stage, build_stage
+from megatron_kosmos.engine.builder import build_stage
+from megatron_kosmos.engine.stage import Stage
 from megatron_kosmos.engine.train_step import StepRunner
 from megatron_kosmos.parallel.topology import Topology, build_topology
 from tests.distributed.harness import run_ranks
@@ -34,26 +35,24 @@ def train_in_ranks(
     """Train the tiny model on `world_size` ranks with dotted configuration `changes`; see `tiny.step_batches`."""
     run = tiny_run(**changes)
     results = run_ranks(train_rank, world_size, run, pattern, num_steps)
-    losses = next(result["losses"] for result in results if result["losses"])
     merged: dict[str, dict[str, Tensor]] = {"gradients": {}, "weights": {}}
     for result in results:
         for key, tensors in merged.items():
             tensors.update(result[key])
-    return TrainingRecord(losses, results[0]["grad_norms"], merged["gradients"], merged["weights"])
+    return TrainingRecord(results[0]["losses"], results[0]["grad_norms"], merged["gradients"], merged["weights"])
 
 
 def train_rank(run: RunConfig, pattern: str, num_steps: int) -> dict[str, Any]:
     """What each rank does; returns its own view of the record."""
     topology = build_topology(run.parallel, torch.device("cpu"))
-    stage = build_stage(run, topology)
+    stage, _ = build_stage(run, topology)
     runner = StepRunner(run, stage, topology)
     gradients = record_gradients(stage, topology)
     losses, norms = [], []
     for step in range(num_steps):
         result = runner.train(step, rank_batches(step, pattern, topology.dp_rank, topology.dp_size))
         norms.append(result.grad_norm)
-        if result.sums is not None:
-            losses.append(result.sums.mean)
+        losses.append(result.sums.mean)
     return {"losses": losses, "grad_norms": norms, "gradients": gradients, "weights": whole_weights(stage, topology)}
 
 

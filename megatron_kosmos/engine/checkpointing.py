@@ -1,0 +1,156 @@
+"""Joining model, optimizer and data position to checkpoints, and bringing them back.
+
+A checkpoint holds, for every parameter under its global name, `model/NAME` (the fp32 master; the weight itself where it
+is not trained) and `optimizer/NAME/exp_avg` and `/exp_avg_sq`; and as JSON the step, the configuration and the data's
+fingerprint. Everything else follows from the step.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_kosmos import __version__
+from megatron_kosmos.checkpoint.errors import CheckpointError
+from megatron_kosmos.checkpoint.load import find_latest, load_checkpoint, read_state
+from megatron_kosmos.checkpoint.mesh import CheckpointMesh
+from megatron_kosmos.checkpoint.save import save_checkpoint
+from megatron_kosmos.checkpoint.tensors import JSON, TensorShard
+from megatron_kosmos.config import RunConfig
+from megatron_kosmos.engine.stage import Stage
+from megatron_kosmos.model.names import NamedParameter
+from megatron_kosmos.optim.state import MASTER, MOMENTS
+from megatron_kosmos.parallel.topology import Topology
+
+ParameterState = dict[str, Tensor]
+"""Master and, where the parameter is trained, moments."""
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What a checkpoint gave this rank."""
+
+    state: Mapping[str, Any]
+    """The checkpoint's JSON."""
+    parameters: Mapping[str, ParameterState]
+    """By global name."""
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps done."""
+        return int(self.state["step"])
+
+    @property
+    def updates(self) -> int:
+        """Updates that AdamW has made."""
+        return int(self.state["updates"])
+
+
+class CheckpointStore:
+    """The checkpoints of one run, in `root`. Saving and loading are collectives over all ranks."""
+
+    def __init__(self, root: Path, topology: Topology, keep_last: int) -> None:
+        """Start a gloo group for plans and host tensors where the run's own group is NCCL."""
+        group = dist.group.WORLD if topology.device.type == "cpu" else dist.new_group(backend="gloo")
+        self.root, self.topology, self.keep_last = root, topology, keep_last
+        self.mesh = CheckpointMesh(topology.tp_rank, topology.tp_size, group)
+
+    def latest(self) -> Path | None:
+        """Return the newest checkpoint that is whole, None where there is none."""
+        return find_latest(self.root, self.mesh)
+
+    def save(self, step: int, stage: Stage, state: Mapping[str, JSON]) -> Path:
+        """Write the checkpoint after `step` optimizer steps, with `state` in its JSON; return its folder.
+
+        Raises CheckpointError on every rank alike; what was there before is untouched then.
+        """
+        shards = list(self._shards_to_save(stage))
+        state = {**state, "step": step, "updates": stage.optimizer.state.updates, "version": __version__}
+        return save_checkpoint(self.root, step, shards, state, self.mesh, self.keep_last)
+
+    def load(self, folder: Path, named: Sequence[NamedParameter], run: RunConfig) -> Snapshot:
+        """Read what the checkpoint in `folder` holds of this rank's parameters.
+
+        Raises CheckpointError on every rank alike: for damage, and for another architecture, with what differs.
+        """
+        state = read_state(folder)
+        _check_architecture(folder, state["config"], run)
+        parameters: dict[str, ParameterState] = {}
+        for one in named:
+            keys = (MASTER, *MOMENTS) if one.parameter.requires_grad else (MASTER,)
+            parameters[one.name] = {key: torch.empty(one.parameter.shape, dtype=torch.float32) for key in keys}
+        shard_dims = {one.name: one.shard_dim for one in named}
+        shards = [
+            TensorShard(_tensor_name(name, key), tensor, shard_dims[name])
+            for name, tensors in parameters.items()
+            for key, tensor in tensors.items()
+        ]
+        load_checkpoint(folder, shards, self.mesh)
+        return Snapshot(state, parameters)
+
+    def _shards_to_save(self, stage: Stage) -> Iterator[TensorShard]:
+        """Yield this data rank's share of what its stage holds.
+
+        Reading a parameter's state is a collective over the data ranks, so each of them reads every parameter.
+        """
+        optimizer_state = stage.optimizer.state
+        for index, named in enumerate(stage.named):
+            is_trained = named.parameter.requires_grad
+            tensors = (
+                optimizer_state.read(named.parameter)
+                if is_trained
+                else {MASTER: optimizer_state.frozen_weight(named.parameter)}
+            )
+            if index % self.topology.dp_size == self.topology.dp_rank and not named.is_tied_copy:
+                for key, tensor in tensors.items():
+                    part = tensor.detach().to("cpu", torch.float32, copy=True).contiguous()
+                    yield TensorShard(_tensor_name(named.name, key), part, named.shard_dim)
+
+
+def restore_weights(named: Iterable[NamedParameter], snapshot: Snapshot) -> None:
+    """Set the weights that the model computes with, before ZeRO takes them over."""
+    with torch.no_grad():
+        for one in named:
+            one.parameter.copy_(snapshot.parameters[one.name][MASTER])
+
+
+def restore_optimizer(stage: Stage, snapshot: Snapshot) -> None:
+    """Set masters, moments and the count of updates."""
+    for named in stage.named:
+        if named.parameter.requires_grad:
+            tensors = snapshot.parameters[named.name]
+            device = named.parameter.device
+            stage.optimizer.state.write(named.parameter, {key: t.to(device) for key, t in tensors.items()})
+    stage.optimizer.state.set_updates(snapshot.updates)
+
+
+def _tensor_name(name: str, key: str) -> str:
+    return f"model/{name}" if key == MASTER else f"optimizer/{name}/{key}"
+
+
+def _check_architecture(folder: Path, saved: Mapping[str, Any], run: RunConfig) -> None:
+    """Refuse a checkpoint of another network, naming the fields that differ."""
+    current = run.model_dump(mode="json")["model"]
+    differing = [
+        f"model.{part}.{field}: {value!r} in the checkpoint, {current[part].get(field)!r} now"
+        for part, fields in saved["model"].items()
+        for field, value in fields.items()
+        if current[part].get(field) != value and field not in _NOT_ARCHITECTURE
+    ]
+    if differing:
+        raise CheckpointError(f"{folder} holds another model:\n  " + "\n  ".join(differing))
+
+
+_NOT_ARCHITECTURE = (
+    "dropout",
+    "attention_dropout",
+    "pretrained",
+    "embedding_std",
+    "position_embedding_std",
+    "query_key_gain",
+)
+"""Model settings that a run may change without the weights being others."""

@@ -1,0 +1,20 @@
+"""The part of the model that one rank trains."""
+
+from dataclasses import dataclass
+
+from megatron_kosmos.model.kosmos import KosmosModel
+from megatron_kosmos.model.names import NamedParameter, named_parameters
+from megatron_kosmos.optim.zero import ZeroOptimizer
+
+
+@dataclass(frozen=True)
+class Stage:
+    """This rank's chunks of the model, and their optimizer."""
+
+    chunks: tuple[KosmosModel, ...]
+    optimizer: ZeroOptimizer
+
+    @property
+    def named(self) -> list[NamedParameter]:
+        """Every parameter of this rank under its global name, the tied copy included."""
+        return [named for chunk in self.chunks for named in named_parameters(chunk)]
