@@ -76,7 +76,7 @@ def to_hf(source: Path, output: Path, options: ExportOptions = ExportOptions()) 
     already, models that differ), NameMapError (tensors that don't fit), CheckpointError and DataError.
     """
     if output.exists() and not options.overwrite:
-        raise ConversionError(f"{output} exists; choose another folder or allow overwriting")
+        raise ConversionError(f"{output} exists; choose another folder or pass --overwrite")
     folder = find_checkpoint(source)
     state = read_state(folder)
     run = parse_config(state["config"], f"{folder}/state.json")

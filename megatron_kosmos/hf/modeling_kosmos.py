@@ -162,6 +162,8 @@ class KosmosForConditionalGeneration(KosmosPreTrainedModel, GenerationMixin):
         )
         if slots is not None and (is_first_iteration or not kwargs.get("use_cache", True)):
             num_new = input_ids.shape[1] - slots.shape[1]
+            if num_new < 0:
+                raise ValueError("prefill_chunk_size cuts the prompt, and with it images; leave it out")
             inputs["image_embeds_position_mask"] = nn.functional.pad(slots, (0, num_new))
             inputs["image_embeds"] = image_embeds
         return inputs

@@ -39,6 +39,7 @@ def test_the_cache_changes_no_token_and_no_logit(variant: str) -> None:
     batch = left_padded([prompt(n, num_text=4 + n, seed=n) for n in (2, 0, 1)])
     cached = generate(model, batch)
     assert torch.equal(cached, generate(model, batch, use_cache=False))
+    assert torch.equal(cached, generate(model, batch, cache_implementation="static"))
     assert len(set(cached.flatten().tolist())) > 3  # not one token over and over
     row = prompt(1, num_text=12, seed=9)
     whole = model(**row, use_cache=False).logits
@@ -73,19 +74,25 @@ def test_beams_keep_each_rows_images_together(options: dict[str, int]) -> None:
         assert torch.equal(together[index * num : (index + 1) * num], generate(model, row, **options))
 
 
-def test_beam_search_finds_likelier_texts_than_greedy() -> None:
-    model = tiny_model()
-
-    def log_likelihood(row: dict[str, torch.Tensor], **options: int) -> float:
-        new = generate(model, row, **options)
-        ids = torch.cat((row["input_ids"], new), dim=1)
-        slots = torch.nn.functional.pad(row["image_embeds_position_mask"], (0, NEW))
+def log_likelihood(model: KosmosForConditionalGeneration, row: dict[str, torch.Tensor], new: torch.Tensor) -> float:
+    """Return the log-probability of the tokens `new` [1, N] after one row, by one forward pass over all of it."""
+    ids = torch.cat((row["input_ids"], new), dim=1)
+    slots = torch.nn.functional.pad(row["image_embeds_position_mask"], (0, new.shape[1]))
+    with torch.no_grad():
         logits = model(ids, pixel_values=row["pixel_values"], image_embeds_position_mask=slots).logits
-        chosen = logits.log_softmax(dim=-1)[:, -NEW - 1 : -1].gather(-1, new[..., None])
-        return float(chosen.detach().sum())
+    return float(logits.log_softmax(dim=-1)[:, -new.shape[1] - 1 : -1].gather(-1, new[..., None]).sum())
 
-    rows = [prompt(1, num_text=4, seed=seed) for seed in range(4)]
-    assert sum(log_likelihood(row, num_beams=5) for row in rows) > sum(map(log_likelihood, rows))
+
+def test_beam_search_scores_are_log_likelihoods_and_beat_greedy() -> None:
+    model = tiny_model()
+    rows = [
+        prompt(2, num_text=4, seed=seed) for seed in range(4)
+    ]  # a beam with another image order would score otherwise
+    options = {"return_dict_in_generate": True, "output_scores": True, "max_new_tokens": NEW, "min_new_tokens": NEW}
+    found = model.generate(**left_padded(rows), num_beams=5, **options)
+    beams = [log_likelihood(model, row, new[None, -NEW:]) for row, new in zip(rows, found.sequences, strict=True)]
+    assert torch.allclose(found.sequences_scores * NEW, torch.tensor(beams), atol=1e-4)
+    assert sum(beams) > sum(log_likelihood(model, row, generate(model, row)) for row in rows)
 
 
 def test_sampling_repeats_with_its_seed() -> None:
@@ -212,6 +219,8 @@ def test_slots_and_images_that_do_not_match_are_refused() -> None:
         model(text["input_ids"], pixel_values=torch.zeros(1, 3, SIDE, SIDE))
     with pytest.raises(ValueError, match="has shape"):
         model(text["input_ids"], image_embeds_position_mask=torch.zeros(1, 3))
+    with pytest.raises(ValueError, match="prefill_chunk_size"):
+        generate(model, row, prefill_chunk_size=4)
     with pytest.raises(ValueError, match="exactly one of input_ids and inputs_embeds"):
         model()
 
