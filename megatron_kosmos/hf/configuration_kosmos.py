@@ -16,7 +16,8 @@ class KosmosConfig(PreTrainedConfig):
     """
 
     model_type = "megatron_kosmos"
-    sub_configs_defaults = {"vision_config": CLIPVisionConfig}  # noqa: RUF012 - transformers wants a plain dict
+    # Read by every transformers 5; the newer `sub_configs_defaults` would also make the object, but changed its form.
+    sub_configs = {"vision_config": CLIPVisionConfig}  # noqa: RUF012 - transformers wants a plain dict
     keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012
 
     vocab_size: int = 64007
@@ -57,6 +58,8 @@ class KosmosConfig(PreTrainedConfig):
     """Id of the marker after an image's slots."""
 
     def __post_init__(self, **kwargs: Any) -> None:
+        if not isinstance(self.vision_config, CLIPVisionConfig):
+            self.vision_config = CLIPVisionConfig(**(self.vision_config or {}))
         super().__post_init__(**kwargs)
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(

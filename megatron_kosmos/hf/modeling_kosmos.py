@@ -160,7 +160,9 @@ class KosmosForConditionalGeneration(KosmosPreTrainedModel, GenerationMixin):
         inputs: dict[str, Any] = super().prepare_inputs_for_generation(
             input_ids, is_first_iteration=is_first_iteration, **kwargs
         )
-        if slots is not None and (is_first_iteration or not kwargs.get("use_cache", True)):
+        cache = kwargs.get("past_key_values")
+        nothing_seen = is_first_iteration or cache is None or cache.get_seq_length() == 0
+        if slots is not None and (nothing_seen or not kwargs.get("use_cache", True)):
             num_new = input_ids.shape[1] - slots.shape[1]
             if num_new < 0:
                 raise ValueError("prefill_chunk_size cuts the prompt, and with it images; leave it out")
