@@ -91,7 +91,7 @@ def run(preparation: "Preparation") -> None:
 
     console = Console(stderr=True)
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         DownloadColumn(),
         TextColumn("{task.fields[documents]:,} documents"),
@@ -117,11 +117,12 @@ def run(preparation: "Preparation") -> None:
 
 def _report(preparation: "Preparation", manifest: "Manifest", console: "Console") -> None:
     from rich.table import Table
+    from rich.text import Text
 
     from megatron_kosmos.data.manifest import path_with
     from megatron_kosmos.data.preprocess import SKIPPED_SUFFIX
 
-    table = Table(title=str(preparation.output), title_justify="left")
+    table = Table(title=Text(str(preparation.output)), title_justify="left")
     table.add_column("what")
     table.add_column("count", justify="right")
     table.add_row("documents", f"{manifest.documents:,}")
@@ -139,4 +140,5 @@ def _report(preparation: "Preparation", manifest: "Manifest", console: "Console"
     table.add_row("bytes written", f"{sum(record.bytes for record in manifest.files.values()):,}")
     console.print(table)
     if manifest.skipped:
-        console.print(f"skipped documents are listed in {path_with(preparation.output, SKIPPED_SUFFIX)}")
+        listed = path_with(preparation.output, SKIPPED_SUFFIX)
+        console.print(f"skipped documents are listed in {listed}", markup=False, soft_wrap=True)

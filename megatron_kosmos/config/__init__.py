@@ -4,7 +4,7 @@ from megatron_kosmos.config.data import CorpusConfig, DataConfig
 from megatron_kosmos.config.loader import ConfigError, load_config, parse_config, save_config
 from megatron_kosmos.config.model import DecoderConfig, ModelConfig, ResamplerConfig, VisionConfig
 from megatron_kosmos.config.parallel import ParallelConfig
-from megatron_kosmos.config.run import CheckpointConfig, LoggingConfig, RunConfig
+from megatron_kosmos.config.run import CheckpointConfig, EvaluationConfig, LoggingConfig, RunConfig
 from megatron_kosmos.config.training import OptimizerConfig, TrainingConfig
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "CorpusConfig",
     "DataConfig",
     "DecoderConfig",
+    "EvaluationConfig",
     "LoggingConfig",
     "ModelConfig",
     "OptimizerConfig",

@@ -17,7 +17,7 @@ class ConfigError(ValueError):
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """Read `path`, apply `a.b=c` overrides in order and return the checked configuration.
+    """Read `path`, apply `a.b=c` overrides in order (`a.0.b=c` inside a list) and return the checked configuration.
 
     Raises ConfigError for a missing file, broken YAML, an unknown field, a wrong type or an illegal combination.
     """
@@ -28,13 +28,16 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not valid YAML: {error}") from error
     origin = f"{path} with {' '.join(overrides)}" if overrides else str(path)
-    for override in overrides:
-        if "=" not in override:
-            raise ConfigError(f"override {override!r} is not of the form a.b=c")
     try:
-        merged = OmegaConf.merge(tree, OmegaConf.from_dotlist(list(overrides)))
-        values = OmegaConf.to_container(merged, resolve=True)
-    except (OmegaConfBaseException, yaml.YAMLError, AttributeError, TypeError) as error:
+        for override in overrides:
+            field, equals, value = override.partition("=")
+            if not equals:
+                raise ConfigError(f"override {override!r} is not of the form a.b=c")
+            OmegaConf.update(tree, field, yaml.safe_load(value))
+        values = OmegaConf.to_container(tree, resolve=True)
+    except (OmegaConfBaseException, yaml.YAMLError, AttributeError, TypeError, ValueError, IndexError) as error:
+        if isinstance(error, ConfigError):
+            raise
         raise ConfigError(f"{origin}: {error}") from error
     return parse_config(values, origin)
 

@@ -17,14 +17,23 @@ class LoggingConfig(StrictModel):
 
     metrics_every: PositiveInt = 1
     """Steps between lines of metrics.jsonl and points in TensorBoard."""
-    evaluate_every: NonNegativeInt = 0
-    """Steps between evaluations on `data.heldout`; 0 evaluates only when asked."""
-    evaluation_sequences: PositiveInt = 64
-    """Sequences of each held-out corpus that an evaluation reads."""
-    sample_captions: NonNegativeInt = 8
-    """Held-out pictures whose captions are written to TensorBoard at each evaluation."""
     profile_steps: tuple[int, int] | None = None
     """First and last step to record with torch.profiler, for TensorBoard; null records none."""
+
+
+class EvaluationConfig(StrictModel):
+    """What is measured on `data.heldout` while the run goes on."""
+
+    every: NonNegativeInt = 0
+    """Steps between evaluations; 0 evaluates at the end only."""
+    sequences: PositiveInt = 64
+    """Sequences of each held-out corpus that an evaluation reads."""
+    captions: NonNegativeInt = 8
+    """Pictures of held-out caption corpora that are captioned, and shown in TensorBoard."""
+    caption_prompt: str = ""
+    """Text that a caption goes on from, after the picture."""
+    caption_tokens: PositiveInt = 16
+    """Longest caption."""
 
 
 class CheckpointConfig(StrictModel):
@@ -47,6 +56,7 @@ class RunConfig(StrictModel):
     optimizer: OptimizerConfig
     data: DataConfig
     logging: LoggingConfig = LoggingConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
 
     @model_validator(mode="after")

@@ -16,16 +16,19 @@ from megatron_kosmos.parallel.stages import balance_layers, chunks_of_stage
 from megatron_kosmos.parallel.topology import Topology
 
 
-def build_stage(run: RunConfig, topology: Topology, store: CheckpointStore | None = None) -> tuple[Stage, int]:
+def build_stage(
+    run: RunConfig, topology: Topology, store: CheckpointStore | None = None, data: str | None = None
+) -> tuple[Stage, int]:
     """Build what this rank trains; return it with the optimizer steps that it has behind it.
 
     With a `store` that holds a checkpoint the stage continues from the newest one, else it starts from the seed.
-    Raises CheckpointError on every rank alike where the checkpoint holds another model.
+    Raises CheckpointError on every rank alike where the checkpoint holds another model, or was trained on other data
+    than the fingerprint `data`.
     """
     chunks = build_chunks(run, derive_transformer_config(run), topology)
     named = [named for chunk in chunks for named in named_parameters(chunk)]
     folder = store.latest() if store is not None else None
-    snapshot = store.load(folder, named, run) if store is not None and folder is not None else None
+    snapshot = store.load(folder, named, run, data) if store is not None and folder is not None else None
     if snapshot is None:
         for chunk in chunks:
             initialize(chunk, run.training.seed)

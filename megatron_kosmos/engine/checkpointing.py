@@ -72,13 +72,19 @@ class CheckpointStore:
         state = {**state, "step": step, "updates": stage.optimizer.state.updates, "version": __version__}
         return save_checkpoint(self.root, step, shards, state, self.mesh, self.keep_last)
 
-    def load(self, folder: Path, named: Sequence[NamedParameter], run: RunConfig) -> Snapshot:
+    def load(self, folder: Path, named: Sequence[NamedParameter], run: RunConfig, data: str | None) -> Snapshot:
         """Read what the checkpoint in `folder` holds of this rank's parameters.
 
-        Raises CheckpointError on every rank alike: for damage, and for another architecture, with what differs.
+        Raises CheckpointError on every rank alike: for damage, for another architecture, with what differs, and for
+        other training data than the fingerprint `data` (None: any).
         """
         state = read_state(folder)
-        _check_architecture(folder, state["config"], run)
+        _check_architecture(folder, state, run)
+        if data is not None and state["data"] != data:
+            raise CheckpointError(
+                f"{folder} was trained on other data: corpora, weights, tokenizer or sequence length have changed, so "
+                f"the run can't go on where it was; restore data.* or start a new run_dir"
+            )
         parameters: dict[str, ParameterState] = {}
         for one in named:
             keys = (MASTER, *MOMENTS) if one.parameter.requires_grad else (MASTER,)
@@ -132,12 +138,12 @@ def _tensor_name(name: str, key: str) -> str:
     return f"model/{name}" if key == MASTER else f"optimizer/{name}/{key}"
 
 
-def _check_architecture(folder: Path, saved: Mapping[str, Any], run: RunConfig) -> None:
+def _check_architecture(folder: Path, state: Mapping[str, Any], run: RunConfig) -> None:
     """Refuse a checkpoint of another network, naming the fields that differ."""
     current = run.model_dump(mode="json")["model"]
     differing = [
         f"model.{part}.{field}: {value!r} in the checkpoint, {current[part].get(field)!r} now"
-        for part, fields in saved["model"].items()
+        for part, fields in state["config"]["model"].items()
         for field, value in fields.items()
         if current[part].get(field) != value and field not in _NOT_ARCHITECTURE
     ]

@@ -48,7 +48,7 @@ class KosmosModel(MegatronModule):
                 config.params_dtype
             )
             for parameter in (*self.vision_tower.parameters(), *self.resampler.parameters()):
-                parameter.sees_image_shard = True  # type: ignore[attr-defined]
+                parameter.sees_image_shard = True
             self.embedding = SplicedEmbedding(model.decoder, config)
         self.decoder = TransformerBlock(
             config,

@@ -26,7 +26,7 @@ class VisionTower(CLIPVisionModel):
             for module in frozen:
                 module.requires_grad_(False)
 
-    def forward(self, images_I3SS: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(self, images_I3SS: Tensor) -> Tensor:
         """Return the patch features [I, P, E] of normalized images [I, 3, S, S]."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.frozen_layers == 0):
             hidden = self.pre_layrnorm(self.embeddings(images_I3SS))

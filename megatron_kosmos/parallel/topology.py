@@ -58,7 +58,7 @@ class Topology:
 def start_process_group(rank: int, world_size: int, local_rank: int, timeout_seconds: int = 600) -> torch.device:
     """Join torch.distributed from the launcher's MASTER_ADDR and MASTER_PORT; return this process's device.
 
-    NCCL on CUDA, gloo on the CPU.
+    NCCL on CUDA, gloo on the CPU. A process that is alone needs no launcher.
     """
     install_cpu_backend()
     if torch.cuda.is_available():
@@ -69,6 +69,7 @@ def start_process_group(rank: int, world_size: int, local_rank: int, timeout_sec
     if not dist.is_initialized():
         dist.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",
+            store=dist.HashStore() if world_size == 1 else None,
             rank=rank,
             world_size=world_size,
             timeout=timedelta(seconds=timeout_seconds),

@@ -112,7 +112,7 @@ def test_every_trained_parameter_gets_a_gradient() -> None:
 
 @pytest.mark.parametrize("layout", ["tp2_sp", "pp2_vpp2", "dp2_zero3"])
 def test_recompute_replays_dropout(layout: str) -> None:
-    dropout = {"model__decoder__dropout": 0.1, "model__decoder__attention_dropout": 0.1}
+    dropout: dict[str, Any] = {"model__decoder__dropout": 0.1, "model__decoder__attention_dropout": 0.1}
     kept = train(layout, **dropout)
     recomputed = train(layout, **dropout, training__recompute="full")
     assert kept.losses == recomputed.losses

@@ -1,0 +1,86 @@
+"""`kosmos train`: one rank of a training run, started by torchrun (or alone)."""
+
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from megatron_kosmos.config import ConfigError, RunConfig, load_config
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command `train`."""
+    app.command("train")(train)
+
+
+def train(
+    config: Annotated[Path, typer.Option(help="YAML of the run; the presets are in configs/.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="a.b=c ...", help="Settings to change.")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Build everything without memory, print the plan and exit.")
+    ] = False,
+    world_size: Annotated[
+        int | None, typer.Option(min=1, help="With --dry-run: processes to plan for, instead of those started.")
+    ] = None,
+) -> None:
+    """Train from a configuration, from the run's newest checkpoint if it has one.
+
+    Several processes: torchrun --nproc-per-node 8 -m megatron_kosmos train --config configs/kosmos1.yaml a.b=c …
+    """
+    rank, started = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    try:
+        run = load_config(config, overrides or ())
+        if dry_run:
+            _print_plan(run, world_size or started)
+        else:
+            _train(run, rank, started)
+    except ConfigError as error:
+        # Every rank finds the same mistake; one of them says it.
+        sys.exit(f"kosmos train: {error}" if rank == 0 else 1)
+
+
+def _print_plan(run: RunConfig, world_size: int) -> None:
+    from rich.console import Console
+
+    from megatron_kosmos.engine.dry_run import plan, render
+
+    render(plan(run, world_size), Console())
+
+
+def _train(run: RunConfig, rank: int, world_size: int) -> None:
+    _quiet_libraries()
+    from rich.console import Console
+
+    from megatron_kosmos.checkpoint.errors import CheckpointError
+    from megatron_kosmos.data.errors import DataError
+    from megatron_kosmos.engine.run import check_before_start
+    from megatron_kosmos.engine.run import train as train_run
+    from megatron_kosmos.observability.logging import start_logging
+    from megatron_kosmos.parallel.topology import start_process_group, stop_process_group
+
+    try:
+        check_before_start(run, world_size)
+    except DataError as error:
+        sys.exit(f"kosmos train: {error}" if rank == 0 else 1)
+    start_logging(run.run_dir, rank, Console())
+    try:
+        device = start_process_group(rank, world_size, int(os.environ.get("LOCAL_RANK", "0")))
+        train_run(run, device)
+    except CheckpointError as error:
+        sys.exit(f"kosmos train: {error}" if rank == 0 else 1)
+    except DataError as error:
+        sys.exit(f"kosmos train: rank {rank}: {error}")
+    finally:
+        stop_process_group()
+
+
+def _quiet_libraries() -> None:
+    """Keep libraries from warning, on every rank at every start, of kernels that are optional here."""
+    import torch
+
+    warnings.filterwarnings("ignore", module=r"megatron\.core|torch\.jit")
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")

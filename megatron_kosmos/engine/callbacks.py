@@ -1,0 +1,115 @@
+"""What happens beside the training: evaluation, checkpoints, metrics and profiles."""
+
+import logging
+from collections.abc import Mapping
+
+import torch
+from rich.console import Console
+from torch.profiler import ProfilerActivity, profile, schedule, tensorboard_trace_handler
+
+from megatron_kosmos.checkpoint.tensors import JSON
+from megatron_kosmos.config import RunConfig
+from megatron_kosmos.engine.checkpointing import CheckpointStore
+from megatron_kosmos.engine.stage import Stage
+from megatron_kosmos.engine.train_step import StepRunner
+from megatron_kosmos.engine.trainer import StepReport
+from megatron_kosmos.observability.flops import model_flops_utilization, peak_flops, training_flops
+from megatron_kosmos.observability.metrics import MetricsWriter
+from megatron_kosmos.observability.progress import ProgressLine
+from megatron_kosmos.prompt import SOURCE_KINDS
+
+logger = logging.getLogger(__name__)
+
+
+class Checkpointing:
+    """Saves at intervals and at the end."""
+
+    def __init__(self, run: RunConfig, runner: StepRunner, store: CheckpointStore, state: Mapping[str, JSON]) -> None:
+        """`state` goes into every checkpoint's JSON."""
+        self.every = run.checkpoint.every
+        self.stage: Stage = runner.stage
+        self.runner, self.store, self.state = runner, store, state
+
+    def after_step(self, report: StepReport) -> None:
+        """Save if it is time to. Raises CheckpointError on every rank alike."""
+        if report.is_due(self.every):
+            with self.runner.timers.section("save"):
+                folder = self.store.save(report.step, self.stage, self.state)
+            logger.info("saved %s", folder)
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+class Metrics:
+    """Writes a step's numbers and moves the progress line; on rank 0."""
+
+    def __init__(
+        self, run: RunConfig, runner: StepRunner, writer: MetricsWriter, world_size: int, first_step: int
+    ) -> None:
+        """`first_step` is the number of steps done before this process started."""
+        self.run, self.runner, self.writer, self.world_size = run, runner, writer, world_size
+        self.progress = ProgressLine(run.training.steps, first_step + 1, Console())
+        self.progress.__enter__()
+        device = runner.topology.device
+        self.peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+
+    def after_step(self, report: StepReport) -> None:
+        """Write the line of metrics.jsonl and the points in TensorBoard."""
+        result = report.result
+        tokens = self.run.training.global_batch_size * self.run.data.sequence_length
+        tokens_per_second = tokens / report.seconds
+        self.progress.update(report.step, result.sums.mean, tokens_per_second)
+        seconds = self.runner.timers.collect()
+        if not report.is_due(self.run.logging.metrics_every) and not report.scalars:
+            return
+        flops = training_flops(self.run.model, self.run.data.sequence_length, tokens, result.num_images)
+        self.writer.write(
+            report.step,
+            {
+                "loss": result.sums.mean,
+                **{f"loss_{kind}": result.sums.mean_of(kind) for kind in SOURCE_KINDS},
+                "grad_norm": result.grad_norm,
+                "lr": result.learning_rate,
+                "tokens": report.step * tokens,
+                "target_tokens": result.num_targets,
+                "images": result.num_images,
+                "tokens_per_second": tokens_per_second,
+                "images_per_second": result.num_images / report.seconds,
+                "mfu": model_flops_utilization(flops, report.seconds, self.world_size, self.peak),
+                "seconds_total": report.seconds,
+                **seconds,
+                **report.scalars,
+            },
+        )
+
+    def close(self) -> None:
+        """End the progress line and flush the files."""
+        self.progress.__exit__(None, None, None)
+        self.writer.close()
+
+
+class Profiling:
+    """Records steps with torch.profiler for TensorBoard's trace viewer."""
+
+    def __init__(self, run: RunConfig, first_step: int, rank: int) -> None:
+        """`first_step` is the number of steps done before this process started."""
+        assert run.logging.profile_steps is not None
+        first, last = run.logging.profile_steps
+        activities = [ProfilerActivity.CPU]
+        if torch.cuda.is_available():
+            activities.append(ProfilerActivity.CUDA)
+        self.profiler = profile(
+            activities=activities,
+            schedule=schedule(wait=max(0, first - first_step - 2), warmup=1, active=last - first + 1, repeat=1),
+            on_trace_ready=tensorboard_trace_handler(str(run.run_dir / "tensorboard"), worker_name=f"rank_{rank}"),
+        )
+        self.profiler.start()
+
+    def after_step(self, report: StepReport) -> None:
+        """Tell the profiler that a step ended."""
+        self.profiler.step()
+
+    def close(self) -> None:
+        """Stop recording and write the trace."""
+        self.profiler.stop()

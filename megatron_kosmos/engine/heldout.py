@@ -1,0 +1,131 @@
+"""Measuring a model in training on held-out data, under its own layout: losses by corpus, and captions of pictures.
+
+Shape letters: B rows, T tokens, I images, L slots.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from megatron_kosmos.batch import MultimodalBatch
+from megatron_kosmos.config import RunConfig
+from megatron_kosmos.data.images import load_image
+from megatron_kosmos.data.loader import BatchGeometry, ImageFormat, heldout_batches, heldout_captions
+from megatron_kosmos.data.tokenizer import KosmosTokenizer
+from megatron_kosmos.engine.train_step import StepRunner
+from megatron_kosmos.engine.trainer import StepReport
+from megatron_kosmos.observability.metrics import MetricsWriter
+
+
+class Captioned(NamedTuple):
+    """Pictures with what the corpus says of them and what the model does."""
+
+    images: Tensor
+    """[I, 3, S, S], normalized."""
+    expected: list[str]
+    generated: list[str]
+
+
+class HeldoutEvaluation:
+    """Evaluates every so many steps and at the end; puts losses and exact matches into the step's metrics."""
+
+    def __init__(self, run: RunConfig, runner: StepRunner, writer: MetricsWriter | None) -> None:
+        """`writer`, on rank 0, gets the captioned pictures. Raises DataError for corpora that don't open."""
+        self.run, self.runner, self.writer = run, runner, writer
+        self.images = ImageFormat(run.model.resampler.num_latents, run.model.vision.image_size)
+        self.tokenizer = KosmosTokenizer.load(run.data.tokenizer)
+        topology = runner.topology
+        self.geometry = BatchGeometry(
+            run.training.micro_batch_size, run.training.global_batch_size, topology.dp_rank, topology.dp_size
+        )
+        self.pictures = self._caption_pictures()
+
+    def after_step(self, report: StepReport) -> None:
+        """Evaluate if it is time to."""
+        if not self.run.data.heldout or not report.is_due(self.run.evaluation.every):
+            return
+        with self.runner.timers.section("evaluate"):
+            report.scalars.update(self.losses())
+            if self.pictures:
+                captioned = self.caption()
+                matches = [a == b for a, b in zip(captioned.expected, captioned.generated, strict=True)]
+                report.scalars["heldout_caption_exact_match"] = sum(matches) / len(matches)
+                if self.writer is not None:
+                    cards = [f"{g}  (is: {e})" for g, e in zip(captioned.generated, captioned.expected, strict=True)]
+                    self.writer.images_with_captions("heldout", report.step, captioned.images, cards)
+
+    def losses(self) -> dict[str, float]:
+        """Return `heldout_loss_KIND`, the loss in nats a target token over the held-out corpora of each kind."""
+        sums: dict[str, float] = {}
+        targets: dict[str, int] = {}
+        for corpus in self.run.data.heldout:
+            batches = heldout_batches(
+                self.run.data,
+                corpus,
+                self.images,
+                self.geometry,
+                self.run.evaluation.sequences,
+                decode_images=self.runner.topology.is_first_stage,
+            )
+            for microbatches in batches:
+                measured = self.runner.evaluate(microbatches)
+                sums[corpus.kind] = sums.get(corpus.kind, 0.0) + measured.losses[corpus.kind]
+                targets[corpus.kind] = targets.get(corpus.kind, 0) + measured.targets[corpus.kind]
+        return {f"heldout_loss_{kind}": sums[kind] / max(1, targets[kind]) for kind in sums}
+
+    def caption(self) -> Captioned:
+        """Caption the held-out pictures greedily; a collective over all ranks, the same on each.
+
+        The whole prefix runs through the pipeline for every token: for a handful of pictures, not for a benchmark.
+        """
+        images = torch.stack([load_image(picture, self.images.size) for picture, _ in self.pictures])
+        generated: list[str] = []
+        for chunk in images.split(self.run.training.micro_batch_size):
+            generated += self._caption_microbatch(chunk)
+        return Captioned(images, [text for _, text in self.pictures], generated)
+
+    def _caption_microbatch(self, images: Tensor) -> list[str]:
+        tokenizer, rows = self.tokenizer, self.run.training.micro_batch_size
+        prefix = [tokenizer.bos_id, tokenizer.image_id]
+        first_slot = len(prefix)
+        prefix += [tokenizer.pad_id] * self.images.num_latents + [tokenizer.end_of_image_id]
+        prefix += tokenizer.encode(self.run.evaluation.caption_prompt)
+        length = self.run.data.sequence_length
+        num_tokens = min(self.run.evaluation.caption_tokens, length - len(prefix))
+        ids_BT = torch.full((rows, length), tokenizer.pad_id)
+        ids_BT[:, : len(prefix)] = torch.tensor(prefix)
+        positions = torch.tensor([(row, first_slot) for row in range(len(images))])
+        for column in range(len(prefix), len(prefix) + num_tokens):
+            batch = _prompt_batch(ids_BT, images, positions)
+            ids_BT[:, column] = self.runner.likeliest_tokens(batch, column - 1)
+        answers = ids_BT[: len(images), len(prefix) : len(prefix) + num_tokens].tolist()
+        return [tokenizer.decode(_until(answer, tokenizer.eos_id)) for answer in answers]
+
+    def _caption_pictures(self) -> Sequence[tuple[Image.Image, str]]:
+        count = self.run.evaluation.captions
+        corpora = [corpus for corpus in self.run.data.heldout if corpus.kind == "caption"]
+        return [pair for corpus in corpora for pair in heldout_captions(self.run.data, corpus, count)][:count]
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+def _prompt_batch(ids_BT: Tensor, images: Tensor, positions: Tensor) -> MultimodalBatch:
+    """Return a batch without targets."""
+    return MultimodalBatch(
+        input_ids=ids_BT,
+        labels=torch.zeros_like(ids_BT),
+        loss_mask=torch.zeros_like(ids_BT, dtype=torch.bool),
+        position_ids=torch.arange(ids_BT.shape[1]).expand_as(ids_BT),
+        document_ids=torch.zeros_like(ids_BT, dtype=torch.int32),
+        images=images,
+        image_positions=positions,
+        sources=torch.zeros(len(ids_BT), dtype=torch.int64),
+    )
+
+
+def _until(ids: list[int], end: int) -> list[int]:
+    return ids[: ids.index(end)] if end in ids else ids

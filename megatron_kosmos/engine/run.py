@@ -1,0 +1,81 @@
+"""A training run from its configuration to its last checkpoint."""
+
+import logging
+
+import torch
+import torch.distributed as dist
+
+from megatron_kosmos.checkpoint.tensors import JSON
+from megatron_kosmos.config import ConfigError, RunConfig, save_config
+from megatron_kosmos.data import data_fingerprint
+from megatron_kosmos.data.loader import BatchGeometry, ImageFormat, StepLoader
+from megatron_kosmos.data.tokenizer import KosmosTokenizer
+from megatron_kosmos.engine.builder import build_stage
+from megatron_kosmos.engine.callbacks import Checkpointing, Metrics, Profiling
+from megatron_kosmos.engine.checkpointing import CheckpointStore
+from megatron_kosmos.engine.heldout import HeldoutEvaluation
+from megatron_kosmos.engine.train_step import StepRunner
+from megatron_kosmos.engine.trainer import Callback, Trainer
+from megatron_kosmos.observability.metrics import MetricsWriter
+from megatron_kosmos.parallel.topology import Topology, build_topology
+
+logger = logging.getLogger(__name__)
+
+CHECKPOINTS = "checkpoints"
+"""Folder of a run that holds its checkpoints."""
+
+
+def check_before_start(run: RunConfig, world_size: int) -> None:
+    """Refuse what cannot run before any process group starts.
+
+    Raises ConfigError for a layout or batch that `world_size` doesn't fit and a vocabulary smaller than the
+    tokenizer's, DataError for a tokenizer that doesn't open.
+    """
+    try:
+        run.data_parallel_size(world_size)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    tokenizer = KosmosTokenizer.load(run.data.tokenizer)
+    if tokenizer.vocab_size > run.model.decoder.vocab_size:
+        raise ConfigError(
+            f"model.decoder.vocab_size={run.model.decoder.vocab_size} is smaller than the vocabulary of "
+            f"data.tokenizer={run.data.tokenizer}, which has {tokenizer.vocab_size} tokens; set it to at least that"
+        )
+
+
+def train(run: RunConfig, device: torch.device) -> None:
+    """Train `run` on every rank of the running process group, from its newest checkpoint if it has one.
+
+    Raises CheckpointError where the checkpoint holds another model or other data, DataError for broken corpora.
+    """
+    topology = build_topology(run.parallel, device)
+    store = CheckpointStore(run.run_dir / CHECKPOINTS, topology, run.checkpoint.keep_last)
+    data = data_fingerprint(run.data)
+    stage, first_step = build_stage(run, topology, store, data)
+    logger.info("%s: %s", topology.describe(), "from the start" if not first_step else f"resumed at step {first_step}")
+    if first_step >= run.training.steps:
+        logger.info("%s has all its %d steps", run.run_dir, run.training.steps)
+        return
+    runner = StepRunner(run, stage, topology)
+    loader = _loader(run, topology)
+    writer = MetricsWriter(run.run_dir, first_step + 1) if dist.get_rank() == 0 else None
+    if writer is not None:
+        save_config(run, run.run_dir / "config.yaml")
+    state: dict[str, JSON] = {"config": run.model_dump(mode="json"), "data": data}
+    callbacks: list[Callback] = [HeldoutEvaluation(run, runner, writer), Checkpointing(run, runner, store, state)]
+    if run.logging.profile_steps is not None:
+        callbacks.append(Profiling(run, first_step, dist.get_rank()))
+    if writer is not None:
+        callbacks.append(Metrics(run, runner, writer, dist.get_world_size(), first_step))
+    Trainer(run, runner, callbacks).train(first_step, loader.steps(first_step, run.training.steps))
+    if loader.num_bad_images:
+        logger.warning("%d pictures did not decode and were shown blank", loader.num_bad_images)
+
+
+def _loader(run: RunConfig, topology: Topology) -> StepLoader:
+    """Return this data rank's batches; only the first stage decodes pictures."""
+    geometry = BatchGeometry(
+        run.training.micro_batch_size, run.training.global_batch_size, topology.dp_rank, topology.dp_size
+    )
+    images = ImageFormat(run.model.resampler.num_latents, run.model.vision.image_size)
+    return StepLoader(run.data, images, geometry, run.training.seed, decode_images=topology.is_first_stage)
