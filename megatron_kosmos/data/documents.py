@@ -154,7 +154,7 @@ def read_texts(file: Path) -> Iterator[str]:
 
 
 def _parse_line(kind: SourceKind, record: RawRecord, content: bytes) -> tuple[str | ImageReference, ...]:
-    text = _decode(record, content)
+    text = _decode(record, content.rstrip(b"\r\n"))
     try:
         line = _LINES[kind].validate_json(text)
     except ValidationError as error:
@@ -207,4 +207,5 @@ def _bad_json(record: RawRecord, error: ValidationError) -> BadDocument:
     problem = error.errors(include_url=False)[0]
     reason = "invalid_json" if problem["type"] == "json_invalid" else "wrong_fields"
     field = ".".join(str(part) for part in problem["loc"])
-    return BadDocument(record.origin, reason, f"{field}: {problem['msg']}" if field else problem["msg"])
+    message = problem["msg"].replace("at line 1 column", "at column")  # the line of the file is in the origin
+    return BadDocument(record.origin, reason, f"{field}: {message}" if field else message)

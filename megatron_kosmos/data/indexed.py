@@ -69,7 +69,7 @@ class IndexedReader:
         """Raises DataError, with the file and its actual and expected bytes, when the files disagree."""
         idx_path, bin_path = path_with(prefix, ".idx"), path_with(prefix, ".bin")
         self.dtype, num_documents = _read_header(idx_path)
-        check_size(idx_path, HEADER.size + 20 * num_documents + 8 * (num_documents + 1))
+        check_size(idx_path, HEADER.size + 12 * num_documents + 8 * (num_documents + 1))
         buffer = np.memmap(idx_path, mode="r")
         self.lengths: NDArray[np.int32] = np.frombuffer(buffer, "<i4", num_documents, HEADER.size)
         """Tokens of each document."""

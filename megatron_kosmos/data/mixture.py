@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
+from heapq import heapify, heappop, heappush
 
 import numpy as np
 
@@ -18,31 +19,50 @@ from megatron_kosmos.data.packing import EpochPlan, Int64Array, PackedRow, Packe
 MASK = (1 << 64) - 1
 
 
-class Blend:
-    """Spreads samples over corpora so that after any number of them each corpus has its share, ± 1 row.
+@dataclass(frozen=True)
+class _Fork:
+    """A group of corpora, parted in two."""
 
-    The corpora are halved again and again; at each halving the first of n samples go to the left half `n · share`
-    times, rounded. Exact integers: no drift, and any index is found in log2(corpora) steps.
+    left_weight: int
+    weight: int
+    left: "_Fork | int"
+    right: "_Fork | int"
+
+
+class Blend:
+    """Spreads samples over corpora so that after any number of them each corpus has its share, give or take two.
+
+    The corpora are the leaves of a Huffman tree. Of the first n samples of a group, its left part gets n · share,
+    rounded. The rounding errors on the way to a leaf add up to less than 2, for they shrink with the leaf's share and
+    the shares grow towards the root at least as Fibonacci's numbers do; for the paper's corpora they stay below 1.
+    Integers keep it exact for any index, which is found in as many steps as the tree is deep.
     """
 
     def __init__(self, weights: Sequence[float]) -> None:
         """Take the corpora's shares of the rows, in any unit; 0.2 means one fifth, not its binary neighbour."""
         shares = [Fraction(str(weight)) for weight in weights]
         unit = math.lcm(*(share.denominator for share in shares))
-        self._weights = [int(share * unit) for share in shares]
+        # The second item decides between equal weights; the third is never compared.
+        heap: list[tuple[int, int, _Fork | int]] = [
+            (int(share * unit), corpus, corpus) for corpus, share in enumerate(shares)
+        ]
+        heapify(heap)
+        for number in range(len(shares), 2 * len(shares) - 1):
+            (left_weight, _, left), (right_weight, _, right) = heappop(heap), heappop(heap)
+            weight = left_weight + right_weight
+            heappush(heap, (weight, number, _Fork(left_weight, weight, left, right)))
+        ((_, _, self._root),) = heap
 
     def locate(self, index: int) -> tuple[int, int]:
         """Return the corpus of sample `index`, and how many earlier samples are of that corpus."""
-        low, high = 0, len(self._weights)
-        while high - low > 1:
-            middle = (low + high) // 2
-            left, both = sum(self._weights[low:middle]), sum(self._weights[low:high])
-            to_left = (2 * index * left + both) // (2 * both)
-            if (2 * (index + 1) * left + both) // (2 * both) > to_left:
-                high, index = middle, to_left
+        node = self._root
+        while isinstance(node, _Fork):
+            to_left = (2 * index * node.left_weight + node.weight) // (2 * node.weight)
+            if (2 * (index + 1) * node.left_weight + node.weight) // (2 * node.weight) > to_left:
+                node, index = node.left, to_left
             else:
-                low, index = middle, index - to_left
-        return low, index
+                node, index = node.right, index - to_left
+        return node, index
 
 
 def shuffled(num_items: int, seed: int, *stream: int) -> Int64Array:

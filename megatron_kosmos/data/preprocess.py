@@ -74,14 +74,14 @@ def prepare(preparation: Preparation, on_progress: Progress = lambda num_bytes, 
         raise DataError(f"there is a corpus at {preparation.output} already; give --overwrite to replace it")
     settings = EncoderSettings(preparation.kind, preparation.tokenizer, preparation.filters, preparation.row_format)
     with Staging(preparation.output) as staging:
-        writer = _CorpusWriter(staging, preparation, tokenizer)
+        writer = CorpusWriter(staging, preparation, tokenizer)
         for chunk, num_bytes in encode_files(settings, preparation.inputs, preparation.num_workers):
             writer.append(chunk)
             on_progress(num_bytes, len(chunk.documents))
         return writer.finish()
 
 
-class _CorpusWriter:
+class CorpusWriter:
     """Takes encoded chunks in order and keeps the account of them."""
 
     def __init__(self, staging: Staging, preparation: Preparation, tokenizer: KosmosTokenizer) -> None:

@@ -38,10 +38,14 @@ class TokenizerSettings(StrictModel):
     newlines: Newlines
     """`line` writes a newline as `</line>` and reads it back; `collapse` makes it a space."""
 
-    def fingerprint(self, model: bytes) -> str:
+    def fingerprint_with(self, model: bytes) -> str:
         """Return the sha256 (hexadecimal) of the settings and of `model`, the bytes of the sentencepiece model."""
         settings = json.dumps(self.model_dump(), sort_keys=True).encode()
         return hashlib.sha256(settings + b"\n" + model).hexdigest()
+
+
+class _StoredSettings(TokenizerSettings):
+    fingerprint: str
 
 
 class KosmosTokenizer:
@@ -63,33 +67,32 @@ class KosmosTokenizer:
         self._model = model
         self._pieces = load_pieces(model, origin)
         self.settings = settings
-        self.fingerprint = settings.fingerprint(model)
+        self.fingerprint = settings.fingerprint_with(model)
         """sha256 (hexadecimal) that prepared corpora record, so that another tokenizer is refused."""
         self.vocab_size = settings.vocab_size
         tokens = settings.special_tokens
         self.pad_id, self.bos_id, self.eos_id, self.unk_id = (tokens[token] for token in (PAD, BOS, EOS, UNK))
         self.image_id, self.end_of_image_id = tokens[IMAGE], tokens[END_OF_IMAGE]
         self.line_id = tokens[LINE] if settings.newlines == "line" else None
-        self._names = {number: name for name, number in tokens.items()}
+        self._names = {number: name for name, number in reversed(tokens.items())}  # of two names the first counts
 
     @classmethod
     def load(cls, path: Path) -> Self:
         """Read the folder `path`. Raises DataError when it is not a tokenizer, was changed or lacks a token."""
         settings_path = Path(path) / SETTINGS_FILE
         try:
-            stored = json.loads(settings_path.read_bytes())
-            fingerprint = stored.pop("fingerprint")
-            settings = TokenizerSettings.model_validate(stored)
+            stored = _StoredSettings.model_validate_json(settings_path.read_bytes())
             model = (Path(path) / MODEL_FILE).read_bytes()
-        except FileNotFoundError as error:
+        except (FileNotFoundError, NotADirectoryError) as error:
             raise DataError(_not_a_tokenizer(Path(path), error)) from error
-        except (ValueError, KeyError, AttributeError, ValidationError) as error:
-            raise DataError(f"{settings_path} is damaged ({error}); make the tokenizer again") from error
+        except ValidationError as error:
+            raise DataError(f"{settings_path} is damaged; make the tokenizer again: {error}") from error
+        settings = TokenizerSettings.model_validate(stored.model_dump(exclude={"fingerprint"}))
         tokenizer = cls(model, settings, str(path))
-        if tokenizer.fingerprint != fingerprint:
+        if tokenizer.fingerprint != stored.fingerprint:
             raise DataError(
                 f"{path}: {MODEL_FILE} or {SETTINGS_FILE} was changed after the tokenizer was made (fingerprint "
-                f"{tokenizer.fingerprint[:12]}…, recorded {fingerprint[:12]}…); make the tokenizer again"
+                f"{tokenizer.fingerprint[:12]}…, recorded {stored.fingerprint[:12]}…); make the tokenizer again"
             )
         return tokenizer
 
@@ -145,20 +148,22 @@ class KosmosTokenizer:
     def save(self, folder: Path) -> None:
         """Write the tokenizer to `folder`, which is made if need be."""
         folder.mkdir(parents=True, exist_ok=True)
-        stored = {**self.settings.model_dump(), "fingerprint": self.fingerprint}
+        stored = _StoredSettings(**self.settings.model_dump(), fingerprint=self.fingerprint)
         (folder / MODEL_FILE).write_bytes(self._model)
-        (folder / SETTINGS_FILE).write_text(json.dumps(stored, indent=2) + "\n", encoding="utf-8")
+        (folder / SETTINGS_FILE).write_text(stored.model_dump_json(indent=2) + "\n", encoding="utf-8")
 
 
 def load_pieces(model: bytes, origin: str) -> sentencepiece.SentencePieceProcessor:
     """Return a processor of the serialized `model`. Raises DataError when it is not a sentencepiece model."""
+    pieces = sentencepiece.SentencePieceProcessor()
     try:
-        return sentencepiece.SentencePieceProcessor(model_proto=model)
+        pieces.LoadFromSerializedProto(model)
     except RuntimeError as error:
         raise DataError(f"{origin} holds no sentencepiece model: {error}") from error
+    return pieces
 
 
-def _not_a_tokenizer(folder: Path, error: FileNotFoundError) -> str:
+def _not_a_tokenizer(folder: Path, error: OSError) -> str:
     if folder.suffix == ".model" or any((folder / name).exists() for name in FOREIGN_MODEL_FILES):
         return (
             f"{folder} is a sentencepiece model without {IMAGE}; run `kosmos tokenizer import {folder} --output FOLDER`"

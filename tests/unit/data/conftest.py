@@ -1,0 +1,71 @@
+"""A small trained tokenizer, pictures, and corpora in the real file formats."""
+
+import io
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from pydoc_data.topics import topics
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from megatron_kosmos.config import CorpusConfig
+from megatron_kosmos.data.preprocess import Preparation, prepare
+from megatron_kosmos.data.row_format import RowFormat
+from megatron_kosmos.data.tokenizer import KosmosTokenizer
+from megatron_kosmos.data.tokenizer_making import TrainingSettings, train_tokenizer
+from megatron_kosmos.prompt import SourceKind
+
+
+@pytest.fixture(scope="session")
+def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tokenizer of 400 ids."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    train_tokenizer(list(topics.values())[:20], TrainingSettings(400)).save(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tokenizer_folder: Path) -> KosmosTokenizer:
+    return KosmosTokenizer.load(tokenizer_folder)
+
+
+@pytest.fixture(scope="session")
+def picture() -> Callable[..., bytes]:
+    """Returns an encoded picture of noise; the seed makes it recognizable."""
+
+    def make(seed: int = 0, width: int = 12, height: int = 10, file_format: str = "PNG") -> bytes:
+        pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+        buffer = io.BytesIO()
+        Image.fromarray(pixels).save(buffer, file_format)
+        return buffer.getvalue()
+
+    return make
+
+
+PrepareCorpus = Callable[[SourceKind, Path], CorpusConfig]
+
+
+@pytest.fixture
+def prepare_corpus(tmp_path: Path, tokenizer_folder: Path) -> PrepareCorpus:
+    """Prepares an input file for rows of 64 tokens and 4 latents and returns the corpus."""
+
+    def make(kind: SourceKind, source: Path) -> CorpusConfig:
+        prefix = tmp_path / "prepared" / source.stem
+        row_format = RowFormat(sequence_length=64, num_latents=4)
+        prepare(Preparation(kind, (source,), prefix, tokenizer_folder, row_format=row_format))
+        return CorpusConfig(kind=kind, prefix=prefix)
+
+    return make
+
+
+@pytest.fixture
+def write_lines(tmp_path: Path) -> Callable[[str, Sequence[str]], Path]:
+    """Writes a file of lines."""
+
+    def write(name: str, lines: Sequence[str]) -> Path:
+        path = tmp_path / name
+        path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+        return path
+
+    return write

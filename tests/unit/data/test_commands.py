@@ -1,0 +1,106 @@
+"""The commands: from text to a tokenizer, from documents to a corpus, with a report or a plain message."""
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from pydoc_data.topics import topics
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from megatron_kosmos.cli import preprocess, tokenizer
+from megatron_kosmos.data.manifest import read_manifest
+from megatron_kosmos.data.tokenizer import KosmosTokenizer
+
+ROOT = Path(__file__).parents[3]
+WriteLines = Callable[[str, Sequence[str]], Path]
+
+
+@pytest.fixture
+def kosmos() -> Callable[..., tuple[int, str]]:
+    """Runs the commands in this process; returns exit status and everything printed."""
+    app = typer.Typer()
+    preprocess.register(app)
+    tokenizer.register(app)
+
+    def run(*arguments: object) -> tuple[int, str]:
+        result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+        said = "" if result.exception is None or isinstance(result.exception, SystemExit) else repr(result.exception)
+        return result.exit_code, result.output + said
+
+    return run
+
+
+Kosmos = Callable[..., tuple[int, str]]
+
+
+def test_train_and_inspect_a_tokenizer(kosmos: Kosmos, write_lines: WriteLines, tmp_path: Path) -> None:
+    pages = list(topics.values())[:20]
+    lines = write_lines("a.jsonl", [json.dumps({"text": page}) for page in pages[:10]])
+    plain = tmp_path / "b.txt"
+    plain.write_text("\n".join(pages[10:]), encoding="utf-8")
+    folder = tmp_path / "tokenizer"
+    status, said = kosmos("tokenizer", "train", "--input", lines, plain, "--output", folder, "--vocab-size", 350)
+    assert status == 0, said
+    assert "350 ids, newlines: line" in said
+    loaded = KosmosTokenizer.load(folder)
+    status, said = kosmos("tokenizer", "inspect", folder, "--text", "two words")
+    assert status == 0, said
+    assert "<pad> 0  <s> 1  </s> 2  <unk> 3  <image> 4  </image> 5  </line> 6" in said
+    assert f"fingerprint: {loaded.fingerprint}" in said
+    assert f"{len(loaded.encode('two words'))} tokens: {loaded.encode('two words')}" in said
+
+
+def test_import_a_tokenizer(kosmos: Kosmos, tokenizer_folder: Path, tmp_path: Path) -> None:
+    arguments = (
+        "tokenizer",
+        "import",
+        tokenizer_folder / "tokenizer.model",
+        "--newlines",
+        "line",
+        "--output",
+        tmp_path,
+    )
+    status, said = kosmos(*arguments)
+    assert status == 0, said
+    assert "<image> 400  </image> 401  </line> 402" in said
+    assert KosmosTokenizer.load(tmp_path).vocab_size == 403
+
+
+def test_preprocess_reports_what_it_skipped(
+    kosmos: Kosmos, write_lines: WriteLines, tokenizer_folder: Path, tmp_path: Path, picture: Callable[..., bytes]
+) -> None:
+    (tmp_path / "a.png").write_bytes(picture())
+    good = write_lines("good.jsonl", ['{"image": "a.png", "caption": "one"}'])
+    mixed = write_lines(
+        "mixed.jsonl", ['{"image": "a.png", "caption": "two"}', '{"image": "none.png", "caption": "x"}']
+    )
+    arguments = ("preprocess", "captions", "--input", good, mixed, "--output", tmp_path / "c", "--tokenizer")
+    status, said = kosmos(*arguments, tokenizer_folder)
+    assert status != 0
+    assert not (tmp_path / "c.manifest.json").exists()
+    status, said = kosmos(*arguments, tokenizer_folder, "--on-bad", "skip", "--num-latents", 4, "--sequence-length", 64)
+    assert status == 0, said
+    assert re.search(r"documents skipped: missing_image *│ *1 ", said)
+    assert f"skipped documents are listed in {tmp_path / 'c.skipped.jsonl'}" in said
+    manifest = read_manifest(tmp_path / "c")
+    assert (manifest.documents, manifest.sources) == (2, (str(good), str(mixed)))
+    assert (manifest.settings.row_format.sequence_length, manifest.settings.row_format.num_latents) == (64, 4)
+
+
+def test_the_tool_ends_with_the_message_alone(write_lines: WriteLines, tokenizer_folder: Path, tmp_path: Path) -> None:
+    file = write_lines("bad.jsonl", ['{"text": "good"}', '{"text": '])
+    tool = [sys.executable, "tools/preprocess_data.py", "text"]
+    arguments = ["--input", file, "--output", tmp_path / "t", "--tokenizer", tokenizer_folder]
+    command = [*tool, *map(str, arguments)]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 1
+    assert (
+        f"kosmos preprocess: {file}:2: Invalid JSON: EOF while parsing a value at column 9 [invalid_json]"
+        in result.stderr
+    )
+    assert "Traceback" not in result.stderr
