@@ -38,6 +38,13 @@ class MultimodalBatch:
         """Positions that count in the loss."""
         return int(self.loss_mask.sum())
 
+    def slots(self, num_latents: int) -> Tensor:
+        """Return [B, T] bool, true on the `num_latents` slots of each image."""
+        slots = torch.zeros_like(self.input_ids, dtype=torch.bool)
+        for row, column in self.image_positions.tolist():
+            slots[row, column : column + num_latents] = True
+        return slots
+
     def to(self, device: torch.device) -> "MultimodalBatch":
         """Return the batch with every tensor on `device`."""
         moved = {field.name: getattr(self, field.name).to(device, non_blocking=True) for field in fields(self)}

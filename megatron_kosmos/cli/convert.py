@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from megatron_kosmos.cli.libraries import quiet_libraries
+
 
 def register(app: typer.Typer) -> None:
     """Add the command group `convert`."""
@@ -31,6 +33,7 @@ def to_hf(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUTPUT if it exists.")] = False,
 ) -> None:
     """Write a folder that transformers loads (trust_remote_code=True): weights, processor, code and model card."""
+    quiet_libraries()
     from transformers.utils.logging import disable_progress_bar
 
     from megatron_kosmos.checkpoint.errors import CheckpointError

@@ -2,12 +2,12 @@
 
 import os
 import sys
-import warnings
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from megatron_kosmos.cli.libraries import quiet_libraries
 from megatron_kosmos.config import ConfigError, RunConfig, load_config
 
 
@@ -51,7 +51,7 @@ def _print_plan(run: RunConfig, world_size: int) -> None:
 
 
 def _train(run: RunConfig, rank: int, world_size: int) -> None:
-    _quiet_libraries()
+    quiet_libraries()
     from rich.console import Console
 
     from megatron_kosmos.checkpoint.errors import CheckpointError
@@ -75,12 +75,3 @@ def _train(run: RunConfig, rank: int, world_size: int) -> None:
         sys.exit(f"kosmos train: rank {rank}: {error}")
     finally:
         stop_process_group()
-
-
-def _quiet_libraries() -> None:
-    """Keep libraries from warning, on every rank at every start, of kernels that are optional here."""
-    import torch
-
-    warnings.filterwarnings("ignore", module=r"megatron\.core|torch\.jit")
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")

@@ -63,7 +63,7 @@ def largest_logit_difference(model: KosmosModel, run: RunConfig, folder: Path) -
     logits = exported.to(device)(
         batch.input_ids,
         pixel_values=batch.images,
-        image_embeds_position_mask=_slots(batch, run.model.resampler.num_latents),
+        image_embeds_position_mask=batch.slots(run.model.resampler.num_latents),
         use_cache=False,
     ).logits
     return float((logits - expected).abs().max())
@@ -91,11 +91,3 @@ def verification_batch(model: ModelConfig) -> MultimodalBatch:
         image_positions=torch.tensor(positions),
         sources=torch.zeros(shape[0], dtype=torch.int64),
     )
-
-
-def _slots(batch: MultimodalBatch, num_latents: int) -> Tensor:
-    """Return [B, T], true on the slots of images."""
-    slots = torch.zeros_like(batch.input_ids, dtype=torch.bool)
-    for row, column in batch.image_positions.tolist():
-        slots[row, column : column + num_latents] = True
-    return slots

@@ -1,0 +1,13 @@
+"""What a command tells the libraries before it loads them."""
+
+import os
+import warnings
+
+
+def quiet_libraries() -> None:
+    """Keep libraries from warning, on every rank at every start, of kernels that are optional here."""
+    import torch
+
+    warnings.filterwarnings("ignore", module=r"megatron\.core|torch\.jit")
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
