@@ -7,7 +7,7 @@ Shape letters: G global batch size, T tokens, I images, S image side, L slots.
 """
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -84,7 +84,7 @@ class StepLoader:
         self.num_bad_images = 0
         """Pictures that did not decode and were replaced by a blank one so far (`on_bad_document: skip`)."""
 
-    def steps(self, start: int, stop: int) -> Iterator[list[MultimodalBatch]]:
+    def steps(self, start: int, stop: int) -> Generator[list[MultimodalBatch]]:
         """Yield the microbatches of steps `start` … `stop` - 1, a list for each.
 
         Raises DataError, with shard, offset and document, for a picture that does not decode, unless

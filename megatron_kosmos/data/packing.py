@@ -96,7 +96,7 @@ class Packer:
     def __init__(self, corpus: Corpus, row_format: RowFormat, tokenizer: KosmosTokenizer, skip_misfits: bool) -> None:
         """Raises DataError for a document whose pictures don't fit a row, unless `skip_misfits` leaves it out."""
         self.corpus, self._format, self._tokenizer = corpus, row_format, tokenizer
-        num_images = corpus.num_images
+        self._num_images = num_images = corpus.num_images
         fits = num_images <= row_format.max_images
         self.documents: Int64Array = np.flatnonzero(fits)
         """Documents that are packed."""
@@ -130,13 +130,16 @@ class Packer:
             return block_starts, block_stops
         cuttable = np.flatnonzero(~whole)
         documents = order[cuttable]
-        first, counts = self.corpus.images.first_images[documents], self.corpus.num_images[documents]
+        first, counts = self.corpus.images.first_images[documents], self._num_images[documents]
         # Picture n of a document: its `<image>` comes after the L slots of each picture before it.
         number = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
         positions = self.corpus.images.positions[np.repeat(first, counts) + number]
         image_starts = np.repeat(starts[cuttable], counts) + positions + self._format.num_latents * number
+        image_stops = image_starts + self._format.block_length
+        if len(block_starts) == 0:
+            return image_starts, image_stops
         block_starts = np.concatenate([block_starts, image_starts])
-        block_stops = np.concatenate([block_stops, image_starts + self._format.block_length])
+        block_stops = np.concatenate([block_stops, image_stops])
         by_start = np.argsort(block_starts, kind="stable")
         return block_starts[by_start], block_stops[by_start]
 

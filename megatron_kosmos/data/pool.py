@@ -2,7 +2,7 @@
 
 import multiprocessing
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import cache
@@ -23,7 +23,7 @@ CHUNKS_UNDER_WAY = 3
 
 def encode_files(
     settings: EncoderSettings, files: Iterable[Path], num_workers: int
-) -> Iterator[tuple[EncodedChunk, int]]:
+) -> Generator[tuple[EncodedChunk, int]]:
     """Yield the encoded chunks of `files` in order, each with the input bytes that it took. Raises DataError."""
     chunks = _chunks(settings.kind, files)
     if num_workers <= 1:

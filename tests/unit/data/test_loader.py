@@ -141,7 +141,7 @@ def test_leaving_early_ends_the_workers(data: DataConfig) -> None:
     steps = loader.steps(0, 1000)
     next(steps)
     assert len(multiprocessing.active_children()) == 2
-    steps.close()  # type: ignore[attr-defined]
+    steps.close()
     assert multiprocessing.active_children() == []
 
 
