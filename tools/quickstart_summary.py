@@ -11,6 +11,7 @@ import numpy as np
 import typer
 from PIL import Image
 
+from megatron_kosmos.cli.libraries import quiet_libraries
 from megatron_kosmos.config import load_config
 from megatron_kosmos.data.loader import heldout_captions
 from megatron_kosmos.engine.generate import Generator
@@ -24,6 +25,7 @@ def main(
     seconds: Annotated[int, typer.Option(help="How long everything took.")],
 ) -> None:
     """Write summary.json and captions.png into the run's folder."""
+    quiet_libraries()
     summary = summarize(run, seconds)
     caption_sheet(run).save(run / "captions.png")
     (run / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")

@@ -34,12 +34,9 @@ def to_hf(
 ) -> None:
     """Write a folder that transformers loads (trust_remote_code=True): weights, processor, code and model card."""
     quiet_libraries()
-    from transformers.utils.logging import disable_progress_bar
-
     from megatron_kosmos.checkpoint.errors import CheckpointError
     from megatron_kosmos.engine import convert
 
-    disable_progress_bar()
     options = convert.ExportOptions(tokenizer=tokenizer, verify=verify, overwrite=overwrite)
     try:
         report = convert.to_hf(source, output, options)

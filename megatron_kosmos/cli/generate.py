@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from megatron_kosmos.cli.libraries import quiet_libraries
 from megatron_kosmos.prompt import CAPTION_PROMPT
 
 
@@ -34,11 +35,9 @@ def generate(  # noqa: PLR0913, PLR0917 - one parameter an option
     seed: Annotated[int, typer.Option(help="With --sample: the same seed draws the same text.")] = 0,
 ) -> None:
     """Print what the model writes after the pictures and the prompt."""
-    from transformers.utils.logging import disable_progress_bar
-
+    quiet_libraries()
     from megatron_kosmos.engine.generate import Generator, Sampling, read_picture
 
-    disable_progress_bar()
     sampling = Sampling(temperature, top_p, seed) if sample else None
     try:
         pictures = [read_picture(path) for path in image or []]
