@@ -6,6 +6,7 @@ from torch import nn
 
 from megatron_kosmos.config import RunConfig
 from megatron_kosmos.engine.checkpointing import CheckpointStore, restore_optimizer, restore_weights
+from megatron_kosmos.engine.costs import training_costs
 from megatron_kosmos.engine.stage import Stage
 from megatron_kosmos.model.initialization import initialize
 from megatron_kosmos.model.kosmos import KosmosModel
@@ -64,31 +65,9 @@ def decoder_layers_of_chunks(run: RunConfig) -> tuple[int, ...]:
     """Return the decoder layers of every chunk in model order: as configured, or balanced by counted cost."""
     if run.parallel.chunk_layers is not None:
         return run.parallel.chunk_layers
-    return balance_layers(run.model.decoder.num_layers, run.parallel.num_chunks, *_end_costs(run))
-
-
-def _end_costs(run: RunConfig) -> tuple[float, float]:
-    """Return the forward cost of the vision side and of the vocabulary projection, in decoder layers, a sequence.
-
-    Multiplications only; captions are taken to fill a sequence with an image every 2 L tokens, interleaved documents
-    with one every 4 L.
-    """
-    decoder, vision, resampler = run.model.decoder, run.model.vision, run.model.resampler
-    length = run.data.sequence_length
-    layer = length * (4 * decoder.width**2 + 2 * decoder.width * decoder.ffn_width + length * decoder.width)
-    vision_layer = vision.num_patches * (4 * vision.width**2 + 2 * vision.width * vision.ffn_width)
-    inner = resampler.num_heads * resampler.head_size
-    features = vision.num_patches + resampler.num_latents
-    resampler_layer = 2 * features * vision.width * inner + 2 * resampler.num_latents * vision.width * (
-        inner + resampler.ffn_multiplier * vision.width
-    )
-    image = vision.num_layers * vision_layer + resampler.depth * resampler_layer
-    weights = dict.fromkeys(("text", "caption", "interleaved"), 0.0)
-    for corpus in run.data.train:
-        weights[corpus.kind] += corpus.weight
-    images_per_token = (weights["caption"] / 2 + weights["interleaved"] / 4) / resampler.num_latents
-    num_images = length * images_per_token / sum(weights.values())
-    return num_images * image / layer, length * decoder.width * decoder.padded_vocab_size / layer
+    costs = training_costs(run)
+    ends = costs.vision_side / costs.layer, costs.output / costs.layer
+    return balance_layers(run.model.decoder.num_layers, run.parallel.num_chunks, *ends)
 
 
 def _tied_weight(names: dict[nn.Parameter, str]) -> nn.Parameter | None:

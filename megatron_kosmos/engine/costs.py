@@ -1,0 +1,65 @@
+"""What the pieces of the model cost in a sequence, in counted operations: stages are balanced and described by it.
+
+How many images a sequence holds is an assumption from the mixture, made before any data is read.
+"""
+
+from dataclasses import dataclass
+
+from megatron_kosmos.config import RunConfig
+from megatron_kosmos.observability.flops import (
+    TRAINED,
+    decoder_forward_flops_per_token,
+    resampler_forward_flops_per_image,
+    vision_flops_per_image,
+)
+
+
+@dataclass(frozen=True)
+class PieceCosts:
+    """Operations that one sequence of T tokens, with the images that it may be expected to hold, takes."""
+
+    layer: float
+    """In one decoder layer."""
+    vision_side: float
+    """In vision tower, resampler and projection."""
+    output: float
+    """In the projection to the vocabulary."""
+
+
+def forward_costs(run: RunConfig) -> PieceCosts:
+    """Return the operations of the forward pass."""
+    vision = run.model.vision
+    # What is frozen runs forward only, so this is the forward cost of all of it.
+    tower = vision_flops_per_image(vision.model_copy(update={"frozen_layers": vision.num_layers}))
+    layer, output = _forward_of_decoder(run)
+    return PieceCosts(layer, images_per_sequence(run) * (tower + _resampler(run)), output)
+
+
+def training_costs(run: RunConfig) -> PieceCosts:
+    """Return the operations of a training step: forward, backward where there is one, and recomputation."""
+    layer, output = _forward_of_decoder(run)
+    layer_passes = TRAINED + 1 if run.training.recompute == "full" else TRAINED
+    image = vision_flops_per_image(run.model.vision) + TRAINED * _resampler(run)
+    return PieceCosts(layer_passes * layer, images_per_sequence(run) * image, TRAINED * output)
+
+
+def images_per_sequence(run: RunConfig) -> float:
+    """Return the images that a sequence of the training mixture holds, if captions come with one every 2 L tokens and
+    interleaved documents with one every 4 L (L slots an image)."""
+    weights = dict.fromkeys(("text", "caption", "interleaved"), 0.0)
+    for corpus in run.data.train:
+        weights[corpus.kind] += corpus.weight
+    images_per_token = (weights["caption"] / 2 + weights["interleaved"] / 4) / run.model.resampler.num_latents
+    return run.data.sequence_length * images_per_token / sum(weights.values())
+
+
+def _forward_of_decoder(run: RunConfig) -> tuple[float, float]:
+    """Return the forward operations of one layer and of the output projection."""
+    length = run.data.sequence_length
+    one, none = (run.model.decoder.model_copy(update={"num_layers": count}) for count in (1, 0))
+    output = decoder_forward_flops_per_token(none, length)
+    return length * (decoder_forward_flops_per_token(one, length) - output), length * output
+
+
+def _resampler(run: RunConfig) -> int:
+    return resampler_forward_flops_per_image(run.model.resampler, run.model.vision, run.model.decoder.width)
