@@ -89,6 +89,11 @@ class RunConfig(StrictModel):
                 f"parallel.tensor_parallel_size={parallel.tensor_parallel_size}"
             )
         self._check_chunk_layers()
+        if parallel.zero_stage == 0 and self.training.precision == "bf16":
+            raise ValueError(
+                "parallel.zero_stage=0 keeps no fp32 masters beside training.precision=bf16; use zero_stage 1, which "
+                "costs nothing more, or fp32"
+            )
         if self.optimizer.warmup_steps > self.training.steps:
             raise ValueError(
                 f"optimizer.warmup_steps={self.optimizer.warmup_steps} exceeds training.steps={self.training.steps}"

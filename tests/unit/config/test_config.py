@@ -164,6 +164,7 @@ VPP = {"parallel__pipeline_parallel_size": 2, "parallel__virtual_pipeline_parall
         (VPP | {"parallel__chunk_layers": [1, 1, 1, 2]}, r"add up to model\.decoder\.num_layers=4"),
         (VPP | {"parallel__chunk_layers": [0, 1, 1, 2]}, "every chunk needs a layer"),
         ({"optimizer__min_learning_rate": 1.0}, r"min_learning_rate=1\.0 exceeds learning_rate=0\.001"),
+        ({"parallel__zero_stage": 0}, r"zero_stage=0 keeps no fp32 masters beside training\.precision=bf16; use"),
         ({"optimizer__warmup_steps": 11}, r"optimizer\.warmup_steps=11 exceeds training\.steps=10"),
     ],
 )
@@ -181,6 +182,7 @@ def test_an_illegal_combination_is_rejected(changes: dict[str, object], message:
         {"model__decoder__num_query_groups": 1},
         {"model__decoder__width": 72, "model__decoder__xpos": False},
         {"model__vision__frozen_layers": 2},
+        {"parallel__zero_stage": 0, "training__precision": "fp32"},
     ],
 )
 def test_legal_combinations_pass(changes: dict[str, object]) -> None:
