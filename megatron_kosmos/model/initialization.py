@@ -8,7 +8,6 @@ section 3.3), transformers' CLIP for the vision tower, flamingo-pytorch for the 
 import math
 import re
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -16,6 +15,7 @@ from torch import Tensor
 from megatron_kosmos.config import DecoderConfig, ModelConfig, VisionConfig
 from megatron_kosmos.model.kosmos import KosmosModel
 from megatron_kosmos.model.names import NamedParameter, named_parameters
+from megatron_kosmos.model.pretrained_vision import pretrained_vision
 from megatron_kosmos.parallel.randomness import derive_seed
 
 Initializer = Callable[[Tensor, torch.Generator], Tensor]
@@ -24,7 +24,7 @@ Initializer = Callable[[Tensor, torch.Generator], Tensor]
 def initialize(chunk: KosmosModel, seed: int) -> None:
     """Fill every parameter of `chunk` in place, on its device.
 
-    With `vision.pretrained` the vision tower's weights come from that folder. Raises OSError where it can't be read.
+    With `vision.pretrained` the vision tower's weights come from that folder. Raises ValueError where they can't.
     """
     model = chunk.model_config
     with torch.no_grad():
@@ -32,7 +32,7 @@ def initialize(chunk: KosmosModel, seed: int) -> None:
             full = initial_tensor(named.name, _full_shape(named, chunk), model, seed)
             named.parameter.copy_(local_part(full, named.shard_dim, chunk))
         if chunk.chunk.is_first and model.vision.pretrained is not None:
-            load_pretrained_vision(chunk, model.vision.pretrained)
+            chunk.vision_tower.load_state_dict(pretrained_vision(model.vision, model.vision.pretrained))
 
 
 def local_part(full: Tensor, shard_dim: int | None, chunk: KosmosModel) -> Tensor:
@@ -49,14 +49,6 @@ def initial_tensor(name: str, shape: tuple[int, ...], model: ModelConfig, seed: 
         if re.fullmatch(pattern, name):
             return rule(torch.empty(shape), generator)
     raise KeyError(f"no initialization rule for parameter {name}")
-
-
-def load_pretrained_vision(chunk: KosmosModel, folder: Path) -> None:
-    """Copy the weights of the CLIP model in `folder` into the vision tower."""
-    from transformers import CLIPVisionModel
-
-    pretrained = CLIPVisionModel.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
-    chunk.vision_tower.load_state_dict(pretrained.state_dict(), strict=True)
 
 
 def _full_shape(named: NamedParameter, chunk: KosmosModel) -> tuple[int, ...]:
