@@ -51,20 +51,21 @@ def _print_plan(run: RunConfig, world_size: int) -> None:
 
 
 def _train(run: RunConfig, rank: int, world_size: int) -> None:
-    quiet_libraries()
-    from rich.console import Console
-
-    from megatron_kosmos.checkpoint.errors import CheckpointError
     from megatron_kosmos.data.errors import DataError
-    from megatron_kosmos.engine.run import check_before_start
-    from megatron_kosmos.engine.run import train as train_run
-    from megatron_kosmos.observability.logging import start_logging
-    from megatron_kosmos.parallel.topology import start_process_group, stop_process_group
+    from megatron_kosmos.engine.preflight import check_before_start
 
     try:
         check_before_start(run, world_size)
     except DataError as error:
         sys.exit(f"kosmos train: {error}" if rank == 0 else 1)
+    quiet_libraries()
+    from rich.console import Console
+
+    from megatron_kosmos.checkpoint.errors import CheckpointError
+    from megatron_kosmos.engine.run import train as train_run
+    from megatron_kosmos.observability.logging import start_logging
+    from megatron_kosmos.parallel.topology import start_process_group, stop_process_group
+
     start_logging(run.run_dir, rank, Console())
     try:
         device = start_process_group(rank, world_size, int(os.environ.get("LOCAL_RANK", "0")))

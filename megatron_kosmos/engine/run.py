@@ -6,10 +6,9 @@ import torch
 import torch.distributed as dist
 
 from megatron_kosmos.checkpoint.tensors import JSON
-from megatron_kosmos.config import ConfigError, RunConfig, save_config
+from megatron_kosmos.config import RunConfig, save_config
 from megatron_kosmos.data import data_fingerprint
 from megatron_kosmos.data.loader import BatchGeometry, ImageFormat, StepLoader
-from megatron_kosmos.data.tokenizer import KosmosTokenizer
 from megatron_kosmos.engine.builder import build_stage
 from megatron_kosmos.engine.callbacks import Checkpointing, Metrics, Profiling
 from megatron_kosmos.engine.checkpointing import CheckpointStore
@@ -23,24 +22,6 @@ logger = logging.getLogger(__name__)
 
 CHECKPOINTS = "checkpoints"
 """Folder of a run that holds its checkpoints."""
-
-
-def check_before_start(run: RunConfig, world_size: int) -> None:
-    """Refuse what cannot run before any process group starts.
-
-    Raises ConfigError for a layout or batch that `world_size` doesn't fit and a vocabulary smaller than the
-    tokenizer's, DataError for a tokenizer that doesn't open.
-    """
-    try:
-        run.data_parallel_size(world_size)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
-    tokenizer = KosmosTokenizer.load(run.data.tokenizer)
-    if tokenizer.vocab_size > run.model.decoder.vocab_size:
-        raise ConfigError(
-            f"model.decoder.vocab_size={run.model.decoder.vocab_size} is smaller than the vocabulary of "
-            f"data.tokenizer={run.data.tokenizer}, which has {tokenizer.vocab_size} tokens; set it to at least that"
-        )
 
 
 def train(run: RunConfig, device: torch.device) -> None:

@@ -1,0 +1,188 @@
+"""The way of a user, by the public commands: data, training on two processes, resume, export, evaluation, caption."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[2]
+KINDS = ("text", "captions", "interleaved")
+SMALL = [
+    "training.steps=4",
+    "optimizer.warmup_steps=1",
+    "checkpoint.every=2",
+    "evaluation.every=2",
+    "evaluation.sequences=4",
+    "evaluation.captions=2",
+    "evaluation.caption_tokens=2",
+]
+
+
+def run(*command: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200, check=False)
+    assert not check or result.returncode == 0, result.stdout + result.stderr
+    return result
+
+
+def kosmos(*arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+    return run(sys.executable, "-m", "megatron_kosmos", *arguments, check=check)
+
+
+def train(*settings: str, processes: int = 2, check: bool = True) -> subprocess.CompletedProcess[str]:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    config = ["-m", "megatron_kosmos", "train", "--config", "configs/kosmos_tiny.yaml"]
+    return run(*launcher, *config, *SMALL, *settings, check=check)
+
+
+def metrics(run_dir: Path) -> list[dict[str, Any]]:
+    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
+    return [
+        {key: value for key, value in json.loads(line).items() if "second" not in key and key != "mfu"}
+        for line in lines
+    ]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The quickstart's corpora, prepared by the tools."""
+    folder = tmp_path_factory.mktemp("data")
+    raw = folder / "raw"
+    run(sys.executable, "tools/quickstart_data.py", "--output", str(raw), "--seed", "1")
+    corpora = yaml.safe_load((raw / "corpora.yaml").read_text())
+    tokenizer = folder / "tokenizer"
+    kosmos(
+        *("tokenizer", "train", "--input", str(raw / "tokenizer.txt"), "--output", str(tokenizer)),
+        *("--vocab-size", str(corpora["tokenizer"]["vocab_size"])),
+    )
+    for corpus in corpora["corpora"]:
+        run(
+            *(sys.executable, "tools/preprocess_data.py", corpus["command"], "--tokenizer", str(tokenizer)),
+            *("--input", *(str(raw / name) for name in corpus["inputs"]), "--output", str(folder / corpus["name"])),
+            *("--sequence-length", "128", "--num-latents", "8"),
+        )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def settings(data: Path) -> list[str]:
+    """Overrides that point the tiny preset to the data."""
+    prefixes = [
+        f"data.{split}.{index}.prefix={data}/{kind}_{split}"
+        for split in ("train", "heldout")
+        for index, kind in enumerate(KINDS)
+    ]
+    return [f"data.tokenizer={data}/tokenizer", *prefixes]
+
+
+@pytest.fixture(scope="module")
+def trained(settings: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of four steps on two pipeline stages."""
+    run_dir = tmp_path_factory.mktemp("run")
+    train(f"run_dir={run_dir}", "parallel.pipeline_parallel_size=2", *settings)
+    return run_dir
+
+
+def test_a_run_leaves_what_design_promises(trained: Path) -> None:
+    lines = metrics(trained)
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    assert {"loss", "loss_text", "loss_caption", "loss_interleaved", "grad_norm", "lr", "tokens"} <= lines[0].keys()
+    assert lines[-1]["tokens"] == 4 * 16 * 128
+    assert {"heldout_loss_text", "heldout_loss_caption", "heldout_caption_exact_match"} <= lines[-1].keys()
+    assert lines[-1]["loss"] < lines[0]["loss"]
+    assert sorted(path.name for path in (trained / "checkpoints").iterdir()) == ["step_00000002", "step_00000004"]
+    assert list((trained / "tensorboard").iterdir())
+    assert (trained / "config.yaml").is_file()
+
+
+def test_a_run_that_lost_its_end_goes_on_with_the_same_numbers(
+    trained: Path, settings: list[str], tmp_path: Path
+) -> None:
+    """The metrics stand at step 4, the checkpoint at step 2, as after a crash."""
+    shutil.copytree(trained, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step_00000004")
+    train(f"run_dir={tmp_path / 'run'}", "parallel.pipeline_parallel_size=2", *settings)
+    assert metrics(tmp_path / "run") == metrics(trained)
+
+
+def test_a_finished_run_does_not_start_again(trained: Path, settings: list[str]) -> None:
+    before = metrics(trained)
+    train(f"run_dir={trained}", "parallel.pipeline_parallel_size=2", *settings)
+    assert metrics(trained) == before
+
+
+@pytest.mark.parametrize("layout", [("parallel.tensor_parallel_size=2", "parallel.sequence_parallel=true"), ()])
+def test_other_layouts_give_the_same_losses(
+    layout: tuple[str, ...], trained: Path, settings: list[str], tmp_path: Path
+) -> None:
+    """TP2+SP and DP2 on the real data, vision tower, evaluation and captions included."""
+    train(f"run_dir={tmp_path}", *layout, *settings)
+    for line, expected in zip(metrics(tmp_path), metrics(trained), strict=True):
+        for key in expected:
+            # The clipped AdamW steps let rounding grow by a digit in four steps.
+            assert line[key] == pytest.approx(expected[key], rel=1e-5), f"{key} at step {expected['step']}"
+
+
+def test_export_evaluates_and_captions(trained: Path, data: Path, tmp_path: Path) -> None:
+    export = tmp_path / "hf"
+    kosmos("convert", "to-hf", str(trained), str(export))
+    assert json.loads((export / "conversion.json").read_text())["max_abs_logit_diff"] <= 1e-4
+    evaluation_file = tmp_path / "evaluation.json"
+    config = str(trained / "config.yaml")
+    limits = ["--max-pictures", "3", "--max-sequences", "4"]
+    kosmos("evaluate", "--model", str(export), "--config", config, "--output", str(evaluation_file), *limits)
+    evaluation = json.loads(evaluation_file.read_text())
+    # The same sequences as the run's own last evaluation, through the other implementation.
+    for kind, loss in evaluation["loss"].items():
+        assert loss == pytest.approx(metrics(trained)[-1][f"heldout_loss_{kind}"], rel=1e-4)
+    assert 4.0 < evaluation["unigram_text_loss"] < 6.9
+    assert evaluation["pictures"] == 3
+    picture = sorted((data / "raw" / "images").glob("*.png"))[0]
+    answer = kosmos(
+        *("generate", "--model", str(export), "--image", str(picture), "--prompt", "", "--max-new-tokens", "4")
+    )
+    assert answer.stdout.strip()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (["model.decoder.vocab_size=500"], "model.decoder.vocab_size=500 is smaller than the vocabulary of"),
+        (["model.decoder.colour=blue"], "model.decoder.colour"),
+        (["training.steps=many"], "training.steps"),
+        (["parallel.tensor_parallel_size=3"], "model.decoder.num_heads=4 is not a multiple of"),
+        (["parallel.pipeline_parallel_size=4"], "start a multiple of 4"),
+        (["parallel.pipeline_parallel_size=2", "parallel.zero_stage=3"], "use zero_stage 0 or 1"),
+        (["parallel.context_parallel_size=2"], "context_parallel_size=2 is not supported"),
+        (["training.global_batch_size=10"], "training.global_batch_size=10 is not a multiple of"),
+        (["data.tokenizer=/nowhere"], "/nowhere"),
+        (["data.train.0.prefix=/nowhere/text"], "/nowhere/text"),
+    ],
+    ids=lambda value: value[0].partition("=")[0] if isinstance(value, list) else "",
+)
+def test_a_wrong_setting_is_told_before_anything_starts(
+    wrong: list[str], message: str, settings: list[str], tmp_path: Path
+) -> None:
+    result = kosmos(
+        *("train", "--config", "configs/kosmos_tiny.yaml", *SMALL, f"run_dir={tmp_path}", *settings, *wrong),
+        check=False,
+    )
+    assert result.returncode == 1
+    assert message in result.stderr
+    assert "Traceback" not in result.stdout + result.stderr
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_changed_data_is_refused_on_resume(trained: Path, settings: list[str], tmp_path: Path) -> None:
+    shutil.copytree(trained, tmp_path / "run")
+    changed = ["parallel.pipeline_parallel_size=2", "training.steps=6", "data.train.0.weight=1"]
+    result = train(f"run_dir={tmp_path / 'run'}", *settings, *changed, check=False)
+    assert result.returncode != 0
+    assert "was trained on other data" in result.stderr
+    assert metrics(tmp_path / "run") == metrics(trained)
+    assert os.listdir(tmp_path / "run" / "checkpoints") == os.listdir(trained / "checkpoints")
