@@ -18,7 +18,13 @@ class LoggingConfig(StrictModel):
     metrics_every: PositiveInt = 1
     """Steps between lines of metrics.jsonl and points in TensorBoard."""
     profile_steps: tuple[int, int] | None = None
-    """First and last step to record with torch.profiler, for TensorBoard; null records none."""
+    """First and last step, counted from 1, to record with torch.profiler for TensorBoard; null records none."""
+
+    @model_validator(mode="after")
+    def _profile_is_a_range(self) -> Self:
+        if self.profile_steps is not None and not 1 <= self.profile_steps[0] <= self.profile_steps[1]:
+            raise ValueError(f"profile_steps={list(self.profile_steps)} must be [first, last] with 1 <= first <= last")
+        return self
 
 
 class EvaluationConfig(StrictModel):

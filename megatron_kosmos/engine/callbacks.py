@@ -96,12 +96,14 @@ class Profiling:
         """`first_step` is the number of steps done before this process started."""
         assert run.logging.profile_steps is not None
         first, last = run.logging.profile_steps
+        delay = max(0, first - 1 - first_step)
+        warmup = min(1, delay)
         activities = [ProfilerActivity.CPU]
         if torch.cuda.is_available():
             activities.append(ProfilerActivity.CUDA)
         self.profiler = profile(
             activities=activities,
-            schedule=schedule(wait=max(0, first - first_step - 2), warmup=1, active=last - first + 1, repeat=1),
+            schedule=schedule(wait=delay - warmup, warmup=warmup, active=last - first + 1, repeat=1),
             on_trace_ready=tensorboard_trace_handler(str(run.run_dir / "tensorboard"), worker_name=f"rank_{rank}"),
         )
         self.profiler.start()

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 ROOT = Path(__file__).parents[2]
 KINDS = ("text", "captions", "interleaved")
@@ -96,8 +97,13 @@ def test_a_run_leaves_what_design_promises(trained: Path) -> None:
     assert {"heldout_loss_text", "heldout_loss_caption", "heldout_caption_exact_match"} <= lines[-1].keys()
     assert lines[-1]["loss"] < lines[0]["loss"]
     assert sorted(path.name for path in (trained / "checkpoints").iterdir()) == ["step_00000002", "step_00000004"]
-    assert list((trained / "tensorboard").iterdir())
     assert (trained / "config.yaml").is_file()
+    assert [path.name for path in sorted((trained / "logs").iterdir())] == ["rank_00000.log", "rank_00001.log"]
+    board = EventAccumulator(str(trained / "tensorboard")).Reload().Tags()
+    assert {"loss/text", "loss/caption", "loss/interleaved", "optimizer/lr", "optimizer/grad_norm"} <= {
+        *board["scalars"]
+    }
+    assert {"heldout/0", "heldout/1"} == {*board["images"]}
 
 
 def test_a_run_that_lost_its_end_goes_on_with_the_same_numbers(
@@ -120,8 +126,10 @@ def test_a_finished_run_does_not_start_again(trained: Path, settings: list[str])
 def test_other_layouts_give_the_same_losses(
     layout: tuple[str, ...], trained: Path, settings: list[str], tmp_path: Path
 ) -> None:
-    """TP2+SP and DP2 on the real data, vision tower, evaluation and captions included."""
-    train(f"run_dir={tmp_path}", *layout, *settings)
+    """TP2+SP and DP2 on the real data, vision tower, evaluation and captions included; and they can be profiled."""
+    train(f"run_dir={tmp_path}", "logging.profile_steps=[2,3]", *layout, *settings)
+    traces = sorted(path.name.partition(".")[0] for path in (tmp_path / "tensorboard").glob("*.pt.trace.json"))
+    assert traces == ["rank_0", "rank_1"]
     for line, expected in zip(metrics(tmp_path), metrics(trained), strict=True):
         for key in expected:
             # The clipped AdamW steps let rounding grow by a digit in four steps.
