@@ -24,7 +24,7 @@ Initializer = Callable[[Tensor, torch.Generator], Tensor]
 def initialize(chunk: KosmosModel, seed: int) -> None:
     """Fill every parameter of `chunk` in place, on its device.
 
-    With `vision.pretrained` the vision tower's weights come from that folder. Raises ValueError where they can't.
+    With `vision.pretrained` the vision tower's weights come from that folder. Raises ConfigError where they can't.
     """
     model = chunk.model_config
     with torch.no_grad():

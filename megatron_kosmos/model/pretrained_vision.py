@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
-from megatron_kosmos.config import VisionConfig
+from megatron_kosmos.config import ConfigError, VisionConfig
 from megatron_kosmos.model.vision import clip_config
 
 _FIELDS = {
@@ -30,10 +30,10 @@ _FIELDS = {
 def pretrained_vision(vision: VisionConfig, folder: Path) -> dict[str, Tensor]:
     """Return the fp32 weights of the CLIP vision tower in `folder` under the names of `CLIPVisionModel`.
 
-    Raises ValueError, with what to do, where there is no such model, its sizes are others, or weights are missing.
+    Raises ConfigError, with what to do, where there is no such model, its sizes are others, or weights are missing.
     """
     if not (folder / "config.json").is_file():
-        raise ValueError(
+        raise ConfigError(
             f"model.vision.pretrained={folder} is no folder of a transformers CLIP model: it has no config.json. "
             f"Put config.json and model.safetensors there, or set it to null to start from random weights"
         )
@@ -43,10 +43,10 @@ def pretrained_vision(vision: VisionConfig, folder: Path) -> dict[str, Tensor]:
             folder, dtype=torch.float32, local_files_only=True, use_safetensors=True, output_loading_info=True
         )
     except (OSError, SafetensorError) as error:
-        raise ValueError(f"model.vision.pretrained={folder} can't be read: {error}") from error
+        raise ConfigError(f"model.vision.pretrained={folder} can't be read: {error}") from error
     missing = sorted(loading["missing_keys"])
     if missing:
-        raise ValueError(
+        raise ConfigError(
             f"model.vision.pretrained={folder} lacks {len(missing)} weights of the vision tower, {missing[0]} first; "
             f"take the folder of a whole CLIP or CLIP vision model"
         )
@@ -66,4 +66,4 @@ def _check_sizes(vision: VisionConfig, folder: Path) -> None:
     if theirs.layer_norm_eps != ours.layer_norm_eps:
         differing.append(f"LayerNorm epsilon {ours.layer_norm_eps} is fixed, the folder has {theirs.layer_norm_eps}")
     if differing:
-        raise ValueError(f"model.vision.pretrained={folder} is another model: " + "; ".join(differing))
+        raise ConfigError(f"model.vision.pretrained={folder} is another model: " + "; ".join(differing))

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import CLIPConfig, CLIPModel, CLIPVisionModel
 
-from megatron_kosmos.config import RunConfig, VisionConfig
+from megatron_kosmos.config import ConfigError, RunConfig, VisionConfig
 from megatron_kosmos.engine.builder import build_chunks, derive_transformer_config
 from megatron_kosmos.model.initialization import initialize
 from megatron_kosmos.model.pretrained_vision import pretrained_vision
@@ -94,7 +94,7 @@ def test_a_run_starts_from_the_folder(folder: Path, precision: str) -> None:
 
 def test_another_size_is_refused_with_the_fields_that_differ(folder: Path) -> None:
     wider = VISION.model_copy(update={"width": 24, "num_layers": 2})
-    with pytest.raises(ValueError, match=r"vision\.pretrained=.*clip is another model") as error:
+    with pytest.raises(ConfigError, match=r"vision\.pretrained=.*clip is another model") as error:
         pretrained_vision(wider, folder)
     assert "model.vision.width=24, the folder has 16" in str(error.value)
     assert "model.vision.num_layers=2, the folder has 3" in str(error.value)
@@ -103,28 +103,28 @@ def test_another_size_is_refused_with_the_fields_that_differ(folder: Path) -> No
 
 def test_another_activation_is_refused(folder: Path) -> None:
     """The shapes fit; only the numbers would be wrong. laion's towers want gelu, openai's quick_gelu."""
-    with pytest.raises(ValueError, match=r"model\.vision\.activation=gelu, the folder has quick_gelu"):
+    with pytest.raises(ConfigError, match=r"model\.vision\.activation=gelu, the folder has quick_gelu"):
         pretrained_vision(VISION.model_copy(update={"activation": "gelu"}), folder)
 
 
 def test_missing_weights_are_refused(folder: Path) -> None:
     """transformers would draw them at random and only log it."""
     rewrite(folder, lambda tensors: {name: one for name, one in tensors.items() if "layers.2" not in name})
-    with pytest.raises(ValueError, match=r"lacks 16 weights of the vision tower, encoder\.layers\.2\."):
+    with pytest.raises(ConfigError, match=r"lacks 16 weights of the vision tower, encoder\.layers\.2\."):
         pretrained_vision(VISION, folder)
 
 
 @pytest.mark.parametrize("name", [WEIGHTS, "config.json"])
 def test_a_damaged_file_is_refused(folder: Path, name: str) -> None:
     (folder / name).write_bytes((folder / name).read_bytes()[:100])
-    with pytest.raises(ValueError, match=r"vision\.pretrained=.*clip can't be read"):
+    with pytest.raises(ConfigError, match=r"vision\.pretrained=.*clip can't be read"):
         pretrained_vision(VISION, folder)
 
 
 def test_pickled_weights_are_not_read(folder: Path) -> None:
     torch.save(load_file(folder / WEIGHTS), folder / "pytorch_model.bin")
     (folder / WEIGHTS).unlink()
-    with pytest.raises(ValueError, match=r"can't be read: .*safetensors"):
+    with pytest.raises(ConfigError, match=r"can't be read: .*safetensors"):
         pretrained_vision(VISION, folder)
 
 
@@ -133,5 +133,5 @@ def test_a_folder_without_a_model_is_refused(tmp_path: Path, exists: bool) -> No
     folder = tmp_path / "nothing"
     if exists:
         folder.mkdir()
-    with pytest.raises(ValueError, match=r"nothing is no folder of a transformers CLIP model: .* null to start"):
+    with pytest.raises(ConfigError, match=r"nothing is no folder of a transformers CLIP model: .* null to start"):
         pretrained_vision(VISION, folder)
