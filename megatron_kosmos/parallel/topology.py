@@ -90,6 +90,8 @@ def build_topology(parallel: ParallelConfig, device: torch.device) -> Topology:
         tensor_model_parallel_size=parallel.tensor_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_parallel_size,
         virtual_pipeline_model_parallel_size=virtual_size if virtual_size > 1 else None,
+        # A second set of groups, for megatron-core's own checkpoints. Ours are checkpoint/'s.
+        create_gloo_process_groups=False,
     )
     return Topology(
         tp_rank=parallel_state.get_tensor_model_parallel_rank(),
