@@ -1,0 +1,116 @@
+"""The formulas of memory.py against what DeepSpeed holds while the tiny model trains."""
+
+import gc
+from collections.abc import Iterable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from megatron_kosmos.config import RunConfig
+from megatron_kosmos.engine.builder import build_chunks, build_stage, derive_transformer_config
+from megatron_kosmos.engine.memory import RankMemory, memory_formula, rank_memory
+from megatron_kosmos.engine.stage import Stage
+from megatron_kosmos.engine.train_step import StepRunner
+from megatron_kosmos.parallel.topology import build_topology
+from tests.distributed.harness import run_ranks
+from tests.distributed.tiny import rank_batches, tiny_run
+
+Storages = dict[int, int]
+"""Bytes by address."""
+
+
+def storages(tensors: Iterable[Tensor]) -> Storages:
+    parts = [tensor.untyped_storage() for tensor in tensors]
+    return {part.data_ptr(): part.nbytes() for part in parts if part.nbytes()}
+
+
+def living_storages() -> Storages:
+    """Every tensor that Python can reach and that is not frozen in its collector, and its gradient."""
+    gc.collect()
+    tensors = [thing for thing in gc.get_objects() if issubclass(type(thing), Tensor)]
+    gradients = [tensor.grad for tensor in tensors if tensor.is_leaf and tensor.grad is not None]
+    return storages((*tensors, *gradients))
+
+
+def planned_and_held(run: RunConfig) -> tuple[RankMemory, RankMemory]:
+    """What each rank does: plan its memory, then train up to the update and count it."""
+    topology = build_topology(run.parallel, torch.device("cpu"))
+    chunks = build_chunks(run, derive_transformer_config(run), topology)
+    planned = rank_memory((parameter for chunk in chunks for parameter in chunk.parameters()), run, topology.dp_size)
+    del chunks
+    batches = rank_batches(0, "tttt", topology.dp_rank, topology.dp_size)
+    gc.freeze()  # What lives now is not counted, and the forked parent's pages stay untouched.
+    stage, _ = build_stage(run, topology)
+    held: list[RankMemory] = []
+    update = stage.optimizer.engine.step
+
+    def count_then_update() -> None:
+        held.append(count(stage))
+        update()
+
+    stage.optimizer.engine.step = count_then_update
+    StepRunner(run, stage, topology).train(0, batches)
+    return planned, held[0]
+
+
+def count(stage: Stage) -> RankMemory:
+    weights = storages(part for named in stage.named for part in parts_of_weight(named.parameter))
+    adamw = stage.optimizer.adamw
+    optimizer = storages(tensor for flat, state in adamw.state.items() for tensor in (flat, *state.values()))
+    buffers = storages(buffer for chunk in stage.chunks for buffer in chunk.buffers())
+    known = weights | optimizer | buffers
+    gradients = {address: size for address, size in living_storages().items() if address not in known}
+    return RankMemory(
+        weights=sum(weights.values()),
+        gradients=sum(gradients.values()),
+        optimizer=sum(size for address, size in optimizer.items() if address not in weights),
+    )
+
+
+def parts_of_weight(parameter: nn.Parameter) -> list[Tensor]:
+    """The weight, and under ZeRO 3 this rank's share of it."""
+    return [parameter.data, *([parameter.ds_tensor] if hasattr(parameter, "ds_tensor") else [])]
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    "zero_stage, precision",
+    [(0, "fp32"), (1, "fp32"), (1, "bf16"), (2, "fp32"), (2, "bf16"), (3, "fp32"), (3, "bf16")],
+)
+def test_deepspeed_holds_what_the_formula_says(zero_stage: int, precision: str) -> None:
+    """Within alignment, AdamW's counters and the few kilobytes that a step leaves behind."""
+    run = tiny_run(parallel__zero_stage=zero_stage, training__precision=precision)
+    for planned, held in run_ranks(planned_and_held, 2, run):
+        assert held.weights == pytest.approx(planned.weights, rel=1e-3)
+        assert held.optimizer == pytest.approx(planned.optimizer, rel=2e-3)
+        assert planned.gradients <= held.gradients <= planned.gradients + 20_000
+
+
+MATRIX, VECTOR = nn.Parameter(torch.empty(500, 1000, device="meta")), nn.Parameter(torch.empty(700, device="meta"))
+FROZEN = nn.Parameter(torch.empty(300, 1000, device="meta"), requires_grad=False)
+
+
+@pytest.mark.parametrize(
+    "zero_stage, precision, weights, gradients, optimizer",
+    [
+        (0, "fp32", 4 * 800_700, 4 * 500_700, 8 * 500_700),
+        (1, "fp32", 4 * 800_700, 4 * 500_700, 12 * 125_175),
+        (1, "bf16", 2 * 800_700, 4 * 500_700, 12 * 125_175),
+        (2, "bf16", 2 * 800_700, 4 * 125_175, 12 * 125_175),
+        (3, "bf16", 2 * (200_175 + 700), 4 * 125_175, 12 * 125_175),
+    ],
+)
+def test_bytes_of_a_rank(zero_stage: int, precision: str, weights: int, gradients: int, optimizer: int) -> None:
+    """On four data ranks; ZeRO 3 leaves the vector whole, and cuts what is frozen too."""
+    run = tiny_run(parallel__zero_stage=zero_stage, training__precision=precision)
+    memory = rank_memory((MATRIX, VECTOR, FROZEN), run, dp_size=4)
+    assert memory == RankMemory(weights, gradients, optimizer)
+    assert memory.total == weights + gradients + optimizer
+
+
+def test_the_formula_is_told() -> None:
+    assert memory_formula(tiny_run(training__precision="bf16"), 16).startswith(
+        "bytes: weights 2 N, gradients 4 T, optimizer 12 T / 16\n"
+    )
+    assert "gradients 4 T / 8" in memory_formula(tiny_run(parallel__zero_stage=2), 8)
