@@ -43,6 +43,7 @@ def train(
 
 
 def _print_plan(run: RunConfig, world_size: int) -> None:
+    quiet_libraries()
     from rich.console import Console
 
     from megatron_kosmos.engine.dry_run import plan, render
