@@ -108,7 +108,9 @@ class StepRunner:
             output = self._module(chunk)(microbatch.to(self.topology.device), wants_logits=True)
             return output, lambda logits_BTV, non_loss_data: logits_BTV[:, column].argmax(-1)
 
-        outputs = self._run_schedule([batch], forward, forward_only=True, collect_non_loss_data=True)
+        # The interleaved schedule runs no fewer microbatches than there are stages.
+        repeats = self.topology.pp_size if self.topology.virtual_size > 1 else 1
+        outputs = self._run_schedule([batch] * repeats, forward, forward_only=True, collect_non_loss_data=True)
         tokens = outputs[0] if outputs else torch.zeros(len(batch.input_ids), dtype=torch.int64)
         tokens = tokens.to(self.topology.device)
         if self.topology.pp_size > 1:
