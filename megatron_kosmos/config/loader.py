@@ -33,13 +33,18 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
             field, equals, value = override.partition("=")
             if not equals:
                 raise ConfigError(f"override {override!r} is not of the form a.b=c")
-            OmegaConf.update(tree, field, yaml.safe_load(value))
+            OmegaConf.update(tree, field, _parse(value))
         values = OmegaConf.to_container(tree, resolve=True)
     except (OmegaConfBaseException, yaml.YAMLError, AttributeError, TypeError, ValueError, IndexError) as error:
         if isinstance(error, ConfigError):
             raise
         raise ConfigError(f"{origin}: {error}") from error
     return parse_config(values, origin)
+
+
+def _parse(value: str) -> object:
+    """Read an override's value as OmegaConf reads a file's: unlike plain YAML 1.1 it takes 1e-4 for a number."""
+    return OmegaConf.to_container(OmegaConf.from_dotlist([f"value={value}"]), resolve=False)["value"]
 
 
 def parse_config(values: object, origin: str) -> RunConfig:

@@ -223,6 +223,11 @@ def test_overrides_apply_in_order_and_are_typed(yaml_file: Path) -> None:
     assert run.run_dir == Path("x")
 
 
+def test_an_override_reads_numbers_as_the_file_does(yaml_file: Path) -> None:
+    run = load_config(yaml_file, ["optimizer.learning_rate=1e-4", "optimizer.epsilon=1.5E-7", "run_dir=2026-01-02"])
+    assert (run.optimizer.learning_rate, run.optimizer.epsilon, run.run_dir) == (1e-4, 1.5e-7, Path("2026-01-02"))
+
+
 @pytest.mark.parametrize(
     "override, message",
     [
