@@ -31,6 +31,7 @@ def train(
     Several processes: torchrun --nproc-per-node 8 -m megatron_kosmos train --config configs/kosmos1.yaml a.b=c …
     """
     rank, started = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it even of a process that is alone.
     try:
         run = load_config(config, overrides or ())
         if dry_run:
@@ -67,9 +68,12 @@ def _train(run: RunConfig, rank: int, world_size: int) -> None:
     from megatron_kosmos.observability.logging import start_logging
     from megatron_kosmos.parallel.topology import start_process_group, stop_process_group
 
-    start_logging(run.run_dir, rank, Console())
     try:
-        device = start_process_group(rank, world_size, int(os.environ.get("LOCAL_RANK", "0")))
+        start_logging(run.run_dir, rank, Console())
+    except OSError as error:
+        sys.exit(f"kosmos train: rank {rank} cannot write to run_dir={run.run_dir}: {error}")
+    try:
+        device = start_process_group(rank, world_size, int(os.environ["LOCAL_RANK"]))
         train_run(run, device)
     except CheckpointError as error:
         sys.exit(f"kosmos train: {error}" if rank == 0 else 1)

@@ -170,6 +170,7 @@ def test_export_evaluates_and_captions(trained: Path, data: Path, tmp_path: Path
         (["training.global_batch_size=10"], "training.global_batch_size=10 is not a multiple of"),
         (["data.tokenizer=/nowhere"], "/nowhere"),
         (["data.train.0.prefix=/nowhere/text"], "/nowhere/text"),
+        (["run_dir=/dev/null/run"], "cannot write to run_dir=/dev/null/run"),
     ],
     ids=lambda value: value[0].partition("=")[0] if isinstance(value, list) else "",
 )
@@ -184,6 +185,14 @@ def test_a_wrong_setting_is_told_before_anything_starts(
     assert message in result.stderr
     assert "Traceback" not in result.stdout + result.stderr
     assert not (tmp_path / "checkpoints").exists()
+
+
+def test_one_process_needs_no_launcher(settings: list[str], tmp_path: Path) -> None:
+    kosmos(
+        *("train", "--config", "configs/kosmos_tiny.yaml", *SMALL, f"run_dir={tmp_path}", *settings),
+        *("training.steps=1", "evaluation.captions=0"),
+    )
+    assert [line["step"] for line in metrics(tmp_path)] == [1]
 
 
 def test_changed_data_is_refused_on_resume(trained: Path, settings: list[str], tmp_path: Path) -> None:
