@@ -196,3 +196,15 @@ def test_chunks_of_the_interleaved_schedule_are_listed() -> None:
     assert " 0       0 2 " in text
     assert " 1       1 3 " in text
     assert f"with {96 - VOCAB} rows of padding" in text
+
+
+@pytest.mark.parametrize("name, world_size", [("kosmos_tiny", 1), ("kosmos1", 64), ("kosmos_x", 64)])
+def test_the_documented_counts_are_those_of_the_plan(name: str, world_size: int) -> None:
+    documented = (CONFIGS.parent / "docs" / "models.md").read_text()
+    planned = plan(preset(name), world_size)
+    decoder = sum(planned.parts[part].total for part in ("embedding", "decoder", "output"))
+    (row,) = [line for line in documented.splitlines() if line.startswith(f"| `configs/{name}.yaml`")]
+    assert row.endswith(f"| {total(planned):,} | {decoder:,} |")
+    if name != "kosmos_tiny":
+        for count in (planned.parts["decoder"].total, planned.parts["vision"].total, planned.parts["vision"].frozen):
+            assert f"{count:,}" in documented
