@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from megatron_kosmos.config import RunConfig
-from megatron_kosmos.engine.builder import build_chunks, derive_transformer_config
+from megatron_kosmos.engine.builder import build_chunks, build_stage, derive_transformer_config
 from megatron_kosmos.model.attention import CausalAttention
 from megatron_kosmos.model.initialization import initialize, local_part
 from megatron_kosmos.model.names import named_parameters
@@ -90,3 +90,19 @@ def test_a_model_with_query_groups_is_the_model_with_all_heads(num_groups: int, 
     assert expected.std() > 0.1
     for actual in run_ranks(logits_with, tp_size, grouped, weights):
         torch.testing.assert_close(actual, expected, atol=2e-6, rtol=0.0)
+
+
+def dtypes_of_tables(run: RunConfig) -> set[torch.dtype]:
+    topology = build_topology(run.parallel, torch.device("cpu"))
+    stage, _ = build_stage(run, topology)
+    tables = [buffer for chunk in stage.chunks for name, buffer in chunk.named_buffers() if ".xpos." in name]
+    assert len(tables) == 4, "all layers share one set"
+    return {table.dtype for table in tables}
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("zero_stage", [1, 3])
+def test_tables_of_positions_stay_in_fp32_in_a_bf16_run(zero_stage: int) -> None:
+    """At 2,048 tokens their scale reaches 17; in bf16 they are wrong by half. DeepSpeed casts models as it likes."""
+    run = tiny_run(training__precision="bf16", parallel__zero_stage=zero_stage)
+    assert run_ranks(dtypes_of_tables, 1, run) == [{torch.float32}]
