@@ -74,7 +74,7 @@ def test_frozen_layers_build_no_graph_and_get_no_gradient(frozen_layers: int) ->
     builds_graph: list[bool] = []
     for layer in tower.encoder.layers:
         layer.register_forward_hook(lambda _layer, _inputs, output: builds_graph.append(output.requires_grad))
-    patches = tower(pictures())
+    patches = tower(pictures().requires_grad_())
     assert builds_graph == [number >= frozen_layers for number in range(LAYERS)]
     if frozen_layers < LAYERS:
         patches.square().sum().backward()
