@@ -44,7 +44,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 def _parse(value: str) -> object:
     """Read an override's value as OmegaConf reads a file's: unlike plain YAML 1.1 it takes 1e-4 for a number."""
-    return OmegaConf.to_container(OmegaConf.from_dotlist([f"value={value}"]), resolve=False)["value"]
+    return OmegaConf.select(OmegaConf.from_dotlist([f"value={value}"]), "value")
 
 
 def parse_config(values: object, origin: str) -> RunConfig:

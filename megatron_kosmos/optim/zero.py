@@ -5,9 +5,11 @@ At stages 0 and 1 the schedule runs the chunks themselves, then gradients are fi
 engine (`module_to_run`), since DeepSpeed cuts gradients and weights from its own forward and backward hooks.
 """
 
+import io
 import logging
 import math
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from typing import Any
 
 import deepspeed
@@ -57,13 +59,14 @@ class ZeroOptimizer:
             fused=True,
         )
         _quiet_deepspeed()
-        self.engine, self.optimizer, _, _ = deepspeed.initialize(
-            model=module,
-            optimizer=self.adamw,
-            config=deepspeed_config(run, topology.dp_size),
-            mpu=ModelParallelUnit(),
-            dist_init_required=False,
-        )
+        with redirect_stdout(io.StringIO()):  # DeepSpeed's bf16 optimizer prints reports of its memory
+            self.engine, self.optimizer, _, _ = deepspeed.initialize(
+                model=module,
+                optimizer=self.adamw,
+                config=deepspeed_config(run, topology.dp_size),
+                mpu=ModelParallelUnit(),
+                dist_init_required=False,
+            )
         self.state = OptimizerState(self.adamw, self.optimizer, self.stage, topology.dp_rank)
         if self.stage == 0:
             self._keep_norm_of_plain_optimizer()
