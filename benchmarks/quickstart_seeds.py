@@ -1,6 +1,6 @@
 """Does the tiny KOSMOS learn from every seed? Runs the quickstart for several and writes docs/quickstart.md.
 
-    .venv/bin/python benchmarks/quickstart_seeds.py --seeds 1 2 3 --output runs/seeds
+    .venv/bin/python benchmarks/quickstart_seeds.py --seeds 1 --seeds 2 --seeds 3 --output runs/seeds
 
 A seed whose summary.json is there already is not run again. Also writes benchmarks/results/quickstart.json.
 """

@@ -28,7 +28,7 @@ class DecoderConfig(StrictModel):
     xpos: bool = True
     """Rotate queries and keys by position, with xPos's decay."""
     learned_positions: bool = False
-    """Add a learned embedding of the position to the input (the seed model has it besides xPos)."""
+    """Add a learned embedding of the position to the input (Kosmos-X has it besides xPos)."""
     tie_embeddings: bool = False
     """Use the input embedding as the output projection."""
     dropout: Probability = 0.1

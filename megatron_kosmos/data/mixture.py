@@ -1,7 +1,7 @@
 """The order of training: which row of which corpus a sample is, as a pure function of the seed and the sample's index.
 
 Nothing is drawn one after the other, so there is no state: a run resumes with one integer, under any number of
-data-parallel ranks and worker processes (D5).
+data-parallel ranks and worker processes (docs/decisions/0005).
 """
 
 import math

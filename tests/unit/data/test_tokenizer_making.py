@@ -54,7 +54,7 @@ def test_too_little_text_for_the_vocabulary() -> None:
 
 
 def test_t5_with_one_end_and_begin_token(foreign_model: Callable[[str], Path]) -> None:
-    """As the seed model: T5's pieces plus <image> </image>, 32,000 + 2 at T5's size."""
+    """As Kosmos-X: T5's pieces plus <image> </image>, 32,000 + 2 at T5's size."""
     folder = foreign_model("spiece.model")
     ours = import_tokenizer(folder, bos_is_eos=True)
     theirs = T5Tokenizer.from_pretrained(folder, extra_ids=0)

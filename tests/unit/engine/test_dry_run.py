@@ -1,4 +1,4 @@
-"""The plan of a run: sizes against the papers' and the seed's counts, stages against what training builds."""
+"""The plan of a run: sizes against the paper's and Kosmos-X's counts, stages against what training builds."""
 
 import io
 import math
@@ -23,9 +23,9 @@ CONFIGS = Path(__file__).parents[3] / "configs"
 TP2_PP2 = {"parallel__tensor_parallel_size": 2, "parallel__pipeline_parallel_size": 2}
 PP2_VPP2 = {"parallel__pipeline_parallel_size": 2, "parallel__virtual_pipeline_parallel_size": 2}
 
-SEED_DECODER = 1_344_368_640
-"""torchscale's decoder in the seed's README: both vocabulary matrices and the positions included."""
-SEED_TOTAL = 1_670_959_104
+KOSMOS_X_DECODER = 1_344_368_640
+"""torchscale's decoder in the README of Kosmos-X: both vocabulary matrices and the positions included."""
+KOSMOS_X_TOTAL = 1_670_959_104
 CLIP_VIT_L = 303_179_776
 CLIP_LAYER = 12_596_224
 SEED_PERCEIVER = 21_313_536
@@ -47,10 +47,10 @@ def test_kosmos_x_is_the_seed_model_but_for_padding_and_frames_that_no_image_rea
     planned = plan(run, 64)
     padding = 2 * (run.model.decoder.padded_vocab_size - 32_002) * 2048
     decoder = sum(planned.parts[part].total for part in ("embedding", "decoder", "output"))
-    assert decoder - padding == SEED_DECODER
+    assert decoder - padding == KOSMOS_X_DECODER
     assert planned.parts["vision"].total == CLIP_VIT_L
     assert planned.parts["resampler"].total == SEED_PERCEIVER - UNREACHED_FRAMES + PROJECTION
-    assert total(planned) - padding == SEED_TOTAL - UNREACHED_FRAMES
+    assert total(planned) - padding == KOSMOS_X_TOTAL - UNREACHED_FRAMES
     assert planned.parts["vision"].frozen == 2 * 1024  # post_layernorm, which last_hidden_state does not reach
 
 
@@ -58,7 +58,7 @@ def test_kosmos1_has_the_paper_s_sizes() -> None:
     planned = plan(preset("kosmos1"), 64)
     parts = planned.parts
     assert parts["vision"] == PartSize(trained=CLIP_LAYER, frozen=CLIP_VIT_L - CLIP_LAYER)
-    assert parts["decoder"].total == SEED_DECODER - 2 * 32_002 * 2048 - 2048 * 2048
+    assert parts["decoder"].total == KOSMOS_X_DECODER - 2 * 32_002 * 2048 - 2048 * 2048
     assert parts["embedding"].total == math.ceil(64_007 / 1024) * 1024 * 2048
     assert parts["output"].total == 0
     decoder_only = parts["embedding"].total + parts["decoder"].total
