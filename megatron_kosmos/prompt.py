@@ -27,6 +27,3 @@ CAPTION_PROMPT: Final = "An image of"
 IMAGE_MEAN: Final = (0.48145466, 0.4578275, 0.40821073)
 IMAGE_STD: Final = (0.26862954, 0.26130258, 0.27577711)
 """CLIP's per-channel mean and standard deviation of pixels scaled to [0, 1]."""
-
-MAX_IMAGES_PER_DOCUMENT: Final = 5
-"""The paper's limit for interleaved documents (section 3.1)."""

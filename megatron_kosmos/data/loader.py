@@ -3,7 +3,7 @@
 Step s takes the global samples s·G … (s+1)·G - 1. Row b of microbatch m on data-parallel rank r is sample
 s·G + (m·dp_size + r)·micro_batch_size + b, so that a step has the same samples under any number of ranks.
 
-Shape letters: G global batch size, T tokens, I images, S image side, L slots.
+G is the global batch size; S in shapes is the image side.
 """
 
 import logging

@@ -1,6 +1,7 @@
 """The perceiver resampler (Flamingo, arXiv 2204.14198, section 3.1.1): any number of features to L embeddings.
 
-Shape letters: I images, P patches, L latents, E vision width, H heads, K head size, D decoder width.
+Shape letters: I images, P patches, L latents, E vision width, H heads, K head size, N = P + L,
+D decoder width.
 """
 
 import torch

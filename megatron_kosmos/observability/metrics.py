@@ -28,7 +28,7 @@ GROUPS: Final = {
     "images_per_second": "speed/images_per_second",
     "mfu": "speed/mfu",
 }
-GROUP_PREFIXES: Final = ("loss", "heldout", "data", "seconds", "memory")
+GROUP_PREFIXES: Final = ("loss", "heldout", "seconds")
 
 
 def tensorboard_tag(name: str) -> str:

@@ -25,7 +25,7 @@ def needs_tensor_parallel_sum(parameter: nn.Parameter) -> bool:
 
 
 def finalize_gradients(parameters: Iterable[nn.Parameter], gradient_of: GradientOf, topology: Topology) -> None:
-    """Make this rank's accumulated gradients whole, in place. Collectives over the tensor and the embedding group."""
+    """Sum the gradients of classes 1 and 3, in place. All-reduce over the tensor group."""
     if topology.tp_size == 1:
         return
     gradients = [

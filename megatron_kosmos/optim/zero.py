@@ -31,7 +31,7 @@ from megatron_kosmos.parallel.topology import Topology
 
 
 class ZeroOptimizer:
-    """The optimizer of one rank's chunks: finalization, clipping, schedule and ZeRO step in one `step()`."""
+    """The optimizer of one rank's chunks: `finalize()` makes gradients whole, `step()` schedules, clips and updates."""
 
     def __init__(
         self,
