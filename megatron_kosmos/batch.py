@@ -33,6 +33,20 @@ class MultimodalBatch:
     sources: Tensor
     """[B] int64. Index into `prompt.SOURCE_KINDS` of the corpus that each sequence comes from."""
 
+    @classmethod
+    def of_prompts(cls, input_ids: Tensor, images: Tensor, image_positions: Tensor) -> "MultimodalBatch":
+        """Return a batch without targets, a document in each row, to get a model's logits of."""
+        return cls(
+            input_ids=input_ids,
+            labels=torch.zeros_like(input_ids),
+            loss_mask=torch.zeros_like(input_ids, dtype=torch.bool),
+            position_ids=torch.arange(input_ids.shape[1]).repeat(len(input_ids), 1),
+            document_ids=torch.zeros_like(input_ids, dtype=torch.int32),
+            images=images,
+            image_positions=image_positions,
+            sources=torch.zeros(len(input_ids), dtype=torch.int64),
+        )
+
     @property
     def num_target_tokens(self) -> int:
         """Positions that count in the loss."""

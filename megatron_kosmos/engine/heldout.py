@@ -1,6 +1,6 @@
 """Measuring a model in training on held-out data, under its own layout: losses by corpus, and captions of pictures.
 
-Shape letters: B rows, T tokens, I images, L slots.
+Shape letters: B rows, T tokens, I images, S image side.
 """
 
 from collections.abc import Sequence
@@ -99,7 +99,7 @@ class HeldoutEvaluation:
         ids_BT[:, : len(prefix)] = torch.tensor(prefix)
         positions = torch.tensor([(row, first_slot) for row in range(len(images))])
         for column in range(len(prefix), len(prefix) + num_tokens):
-            batch = _prompt_batch(ids_BT, images, positions)
+            batch = MultimodalBatch.of_prompts(ids_BT, images, positions)
             ids_BT[:, column] = self.runner.likeliest_tokens(batch, column - 1)
         answers = ids_BT[: len(images), len(prefix) : len(prefix) + num_tokens].tolist()
         return [tokenizer.decode(_until(answer, tokenizer.eos_id)) for answer in answers]
@@ -111,20 +111,6 @@ class HeldoutEvaluation:
 
     def close(self) -> None:
         """Nothing is open."""
-
-
-def _prompt_batch(ids_BT: Tensor, images: Tensor, positions: Tensor) -> MultimodalBatch:
-    """Return a batch without targets."""
-    return MultimodalBatch(
-        input_ids=ids_BT,
-        labels=torch.zeros_like(ids_BT),
-        loss_mask=torch.zeros_like(ids_BT, dtype=torch.bool),
-        position_ids=torch.arange(ids_BT.shape[1]).expand_as(ids_BT),
-        document_ids=torch.zeros_like(ids_BT, dtype=torch.int32),
-        images=images,
-        image_positions=positions,
-        sources=torch.zeros(len(ids_BT), dtype=torch.int64),
-    )
 
 
 def _until(ids: list[int], end: int) -> list[int]:

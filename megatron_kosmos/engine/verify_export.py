@@ -1,7 +1,4 @@
-"""The gate of a conversion: the training model and the exported one, side by side on fixed inputs with images.
-
-Shape letters: B rows, T tokens, I images, S image side, L latents.
-"""
+"""The gate of a conversion: the training model and the exported one, side by side on fixed inputs with images."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -31,8 +28,6 @@ def training_model(run: RunConfig) -> Iterator[KosmosModel]:
     """
     if dist.is_initialized():
         raise RuntimeError("verification builds the training model in a process group of its own; one runs already")
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     try:
         device = start_process_group(rank=0, world_size=1, local_rank=0)
         alone = run.model_copy(
@@ -81,13 +76,8 @@ def verification_batch(model: ModelConfig) -> MultimodalBatch:
     positions = [
         (row, 1 + image * (num_latents + 2)) for row, count in enumerate(images_of_rows) for image in range(count)
     ]
-    return MultimodalBatch(
+    return MultimodalBatch.of_prompts(
         input_ids=torch.randint(0, model.decoder.vocab_size, shape, generator=generator),
-        labels=torch.zeros(shape, dtype=torch.int64),
-        loss_mask=torch.zeros(shape, dtype=torch.bool),
-        position_ids=torch.arange(num_tokens).expand(shape).contiguous(),
-        document_ids=torch.zeros(shape, dtype=torch.int32),
         images=torch.randn(len(positions), 3, side, side, generator=generator),
         image_positions=torch.tensor(positions),
-        sources=torch.zeros(shape[0], dtype=torch.int64),
     )
