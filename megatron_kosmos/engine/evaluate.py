@@ -121,9 +121,8 @@ class Evaluator:
         for start in range(0, len(pictures), self.generator.max_batch_size):
             chunk = [[picture] for picture in pictures[start : start + self.generator.max_batch_size]]
             given = processor(text=[prompt] * len(chunk), images=chunk, return_tensors="pt")["input_ids"].shape[1]
-            inputs = processor(
-                text=[prompt + caption] * len(chunk), images=chunk, add_eos_token=True, return_tensors="pt"
-            )
+            whole = f"{prompt} {caption}".strip()  # A caption begins with a new word, as it does when it is generated.
+            inputs = processor(text=[whole] * len(chunk), images=chunk, add_eos_token=True, return_tensors="pt")
             inputs = inputs.to(model.device)
             ids_BT = inputs["input_ids"]
             log_probabilities = model(**inputs, use_cache=False).logits.float().log_softmax(-1)

@@ -108,5 +108,7 @@ def build_topology(parallel: ParallelConfig, device: torch.device) -> Topology:
 def stop_process_group() -> None:
     """Leave the process groups, so that the interpreter can end."""
     parallel_state.destroy_model_parallel()
+    # megatron-core forgets this one: a process forked later would wait, in its destructor, for a thread that is gone.
+    parallel_state._INTRA_PARTIAL_DATA_PARALLEL_GROUP_WITH_CP = None
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -8,8 +8,13 @@ import pytest
 import torch
 from torch import nn
 
+from megatron_kosmos.config import RunConfig
+from megatron_kosmos.engine.builder import build_stage
 from megatron_kosmos.model.kosmos import KosmosModel
 from megatron_kosmos.optim import finalization, zero
+from megatron_kosmos.parallel.topology import build_topology
+from tests.distributed.harness import run_ranks
+from tests.distributed.tiny import tiny_run
 from tests.distributed.training import TrainingRecord, train_in_ranks
 
 pytestmark = pytest.mark.distributed
@@ -87,6 +92,18 @@ def test_training_is_the_same_under_every_layout(layout: str, tied: bool, recomp
     assert_same(record, one_process(tied=tied))
 
 
+@pytest.mark.parametrize("layout", ["tp2_pp2", "tp2_sp_dp2_zero3"])
+def test_grouped_queries_and_learned_positions_train_the_same(layout: str) -> None:
+    """Two query groups, one a tensor rank; a table of positions longer than the sequence; no clipping."""
+    changes: dict[str, Any] = {
+        "model__decoder__num_query_groups": 2,
+        "model__decoder__learned_positions": True,
+        "model__decoder__max_sequence_length": 40,
+        "optimizer__clip_grad_norm": 0.0,
+    }
+    assert_same(train(layout, **changes), train_in_ranks(1, parallel__zero_stage=0, **changes))
+
+
 @pytest.mark.parametrize("pattern", ["tttt", "iiii", "titi", "itti tttt"])
 @pytest.mark.parametrize("layout", ["tp2_sp", "pp2_dp2", "dp2_zero1", "dp2_zero2", "dp2_zero3", "tp2_dp2_zero2"])
 def test_any_mix_of_images_trains_the_same(layout: str, pattern: str) -> None:
@@ -127,6 +144,20 @@ def test_bf16_follows_fp32(layout: str) -> None:
     torch.testing.assert_close(
         torch.tensor(record.grad_norms), torch.tensor(one_process().grad_norms), atol=0.0, rtol=2e-2
     )
+
+
+@pytest.mark.parametrize("zero_stage", [1, 2, 3])
+def test_position_tables_stay_fp32_beside_bf16_weights(zero_stage: int) -> None:
+    """At T = 2048 bf16 tables are half wrong; DeepSpeed 0.19.0 still cast every buffer."""
+    run = tiny_run(training__precision="bf16", parallel__zero_stage=zero_stage)
+    ((tables, weights),) = run_ranks(dtypes_of_stage, 1, run)
+    assert (tables, weights) == ({torch.float32}, {torch.bfloat16})
+
+
+def dtypes_of_stage(run: RunConfig) -> tuple[set[torch.dtype], set[torch.dtype]]:
+    stage, _ = build_stage(run, build_topology(run.parallel, torch.device("cpu")))
+    tables = {buffer.dtype for chunk in stage.chunks for name, buffer in chunk.named_buffers() if "xpos" in name}
+    return tables, {parameter.dtype for chunk in stage.chunks for parameter in chunk.parameters()}
 
 
 # Negative controls: without each class of gradient finalization the comparison above fails, and for that reason.
