@@ -9,11 +9,8 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError
 
+from megatron_kosmos.config.errors import ConfigError
 from megatron_kosmos.config.run import RunConfig
-
-
-class ConfigError(ValueError):
-    """A configuration that cannot run; the message names file, field, value and what is legal."""
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:

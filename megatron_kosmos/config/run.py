@@ -7,6 +7,7 @@ from pydantic import NonNegativeInt, PositiveInt, model_validator
 
 from megatron_kosmos.config.base import StrictModel
 from megatron_kosmos.config.data import DataConfig
+from megatron_kosmos.config.errors import ConfigError
 from megatron_kosmos.config.model import ModelConfig
 from megatron_kosmos.config.parallel import ParallelConfig
 from megatron_kosmos.config.training import OptimizerConfig, TrainingConfig
@@ -125,24 +126,24 @@ class RunConfig(StrictModel):
     def data_parallel_size(self, world_size: int) -> int:
         """Return the data-parallel size under `world_size` ranks.
 
-        Raises ValueError when the ranks, the batch and the layout don't fit each other.
+        Raises ConfigError when the ranks, the batch and the layout don't fit each other.
         """
         parallel, training = self.parallel, self.training
         if world_size % parallel.model_parallel_size:
-            raise ValueError(
+            raise ConfigError(
                 f"{world_size} processes cannot be cut into parallel.tensor_parallel_size="
                 f"{parallel.tensor_parallel_size} x parallel.pipeline_parallel_size={parallel.pipeline_parallel_size}; "
                 f"start a multiple of {parallel.model_parallel_size}"
             )
         size = world_size // parallel.model_parallel_size
         if training.global_batch_size % (training.micro_batch_size * size):
-            raise ValueError(
+            raise ConfigError(
                 f"training.global_batch_size={training.global_batch_size} is not a multiple of "
                 f"training.micro_batch_size={training.micro_batch_size} x {size} data-parallel ranks"
             )
         num_microbatches = training.global_batch_size // (training.micro_batch_size * size)
         if parallel.virtual_pipeline_parallel_size > 1 and num_microbatches % parallel.pipeline_parallel_size:
-            raise ValueError(
+            raise ConfigError(
                 f"the interleaved schedule needs microbatches in multiples of parallel.pipeline_parallel_size="
                 f"{parallel.pipeline_parallel_size}, not {num_microbatches}; change training.global_batch_size"
             )

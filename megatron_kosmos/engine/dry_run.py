@@ -17,7 +17,7 @@ from rich.filesize import decimal
 from rich.table import Table
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from megatron_kosmos.config import ConfigError, RunConfig
+from megatron_kosmos.config import RunConfig
 from megatron_kosmos.engine.builder import build_chunks, derive_transformer_config
 from megatron_kosmos.engine.costs import PieceCosts, forward_costs, images_per_sequence, training_costs
 from megatron_kosmos.engine.memory import RankMemory, memory_formula, rank_memory
@@ -99,10 +99,7 @@ def plan(run: RunConfig, world_size: int) -> Plan:
 
     Raises ConfigError where ranks, batch and layout don't fit each other, RuntimeError inside a process group.
     """
-    try:
-        dp_size = run.data_parallel_size(world_size)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
+    dp_size = run.data_parallel_size(world_size)
     stages = []
     whole = dict.fromkeys(PARTS, PartSize())
     for pp_rank in range(run.parallel.pipeline_parallel_size):

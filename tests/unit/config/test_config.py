@@ -193,15 +193,15 @@ def test_the_ranks_must_fit_layout_and_batch() -> None:
     run = config(parallel__tensor_parallel_size=2, parallel__pipeline_parallel_size=2)
     assert run.data_parallel_size(8) == 2
     assert run.num_microbatches(8) == 2
-    with pytest.raises(ValueError, match=r"6 processes cannot be cut into .* start a multiple of 4"):
+    with pytest.raises(ConfigError, match=r"6 processes cannot be cut into .* start a multiple of 4"):
         run.data_parallel_size(6)
-    with pytest.raises(ValueError, match=r"training\.global_batch_size=8 .*\.micro_batch_size=2 x 3 data-parallel"):
+    with pytest.raises(ConfigError, match=r"training\.global_batch_size=8 .*\.micro_batch_size=2 x 3 data-parallel"):
         run.data_parallel_size(12)
 
 
 def test_the_interleaved_schedule_needs_whole_rounds_of_microbatches() -> None:
     run = config(**VPP, training__global_batch_size=6)
-    with pytest.raises(ValueError, match=r"multiples of .*=2, not 3; change training\.global_batch_size"):
+    with pytest.raises(ConfigError, match=r"multiples of .*=2, not 3; change training\.global_batch_size"):
         run.data_parallel_size(2)
 
 
