@@ -26,6 +26,22 @@ from megatron_kosmos.model.names import NamedParameter
 from megatron_kosmos.optim.state import MASTER, MOMENTS
 from megatron_kosmos.parallel.topology import Topology
 
+CHECKPOINTS = "checkpoints"
+"""Folder of a run that holds its checkpoints."""
+
+MODEL_PREFIX = "model/"
+"""What weights are named under in a checkpoint, before their global names."""
+
+_NOT_ARCHITECTURE = (
+    "dropout",
+    "attention_dropout",
+    "pretrained",
+    "embedding_std",
+    "position_embedding_std",
+    "query_key_gain",
+)
+"""Model settings that a run may change without the weights being others."""
+
 ParameterState = dict[str, Tensor]
 """Master and, where the parameter is trained, moments."""
 
@@ -135,7 +151,7 @@ def restore_optimizer(stage: Stage, snapshot: Snapshot) -> None:
 
 
 def _tensor_name(name: str, key: str) -> str:
-    return f"model/{name}" if key == MASTER else f"optimizer/{name}/{key}"
+    return MODEL_PREFIX + name if key == MASTER else f"optimizer/{name}/{key}"
 
 
 def _check_architecture(folder: Path, state: Mapping[str, Any], run: RunConfig) -> None:
@@ -149,14 +165,3 @@ def _check_architecture(folder: Path, state: Mapping[str, Any], run: RunConfig) 
     ]
     if differing:
         raise CheckpointError(f"{folder} holds another model:\n  " + "\n  ".join(differing))
-
-
-_NOT_ARCHITECTURE = (
-    "dropout",
-    "attention_dropout",
-    "pretrained",
-    "embedding_std",
-    "position_embedding_std",
-    "query_key_gain",
-)
-"""Model settings that a run may change without the weights being others."""

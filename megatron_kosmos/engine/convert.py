@@ -19,6 +19,7 @@ from megatron_kosmos.checkpoint.load import find_latest, read_state, read_tensor
 from megatron_kosmos.checkpoint.manifest import MANIFEST_FILE, Manifest
 from megatron_kosmos.config import RunConfig, parse_config
 from megatron_kosmos.data.tokenizer import KosmosTokenizer
+from megatron_kosmos.engine.checkpointing import CHECKPOINTS, MODEL_PREFIX
 from megatron_kosmos.engine.verify_export import largest_logit_difference, parameters_by_name, training_model
 from megatron_kosmos.hf import KosmosHFTokenizer
 from megatron_kosmos.hf.export_folder import kosmos_config, kosmos_processor, write_folder
@@ -30,9 +31,6 @@ logger = logging.getLogger(__name__)
 
 MAX_ABS_LOGIT_DIFF = 1e-4
 """Largest difference in fp32 between the training model's logits and the export's that is taken for rounding."""
-
-MODEL_PREFIX = "model/"
-"""What weights are named under in a checkpoint, before their global names."""
 
 REPORT_FILE = "conversion.json"
 
@@ -97,7 +95,7 @@ def find_checkpoint(source: Path) -> Path:
     """Return the checkpoint that `source` means: itself, or the newest whole one of a run's folder."""
     if (source / MANIFEST_FILE).is_file():
         return source
-    root = source / "checkpoints" if (source / "checkpoints").is_dir() else source
+    root = source / CHECKPOINTS if (source / CHECKPOINTS).is_dir() else source
     newest = find_latest(root)
     if newest is None:
         raise ConversionError(f"no whole checkpoint at {source}; give a run's folder or one of its checkpoints/step_*")

@@ -1,7 +1,7 @@
 """What is checked of a run before anything is loaded or started: no torch, no process group, a second at most."""
 
 from megatron_kosmos.config import ConfigError, RunConfig
-from megatron_kosmos.data import data_fingerprint
+from megatron_kosmos.data.corpus import data_fingerprint
 from megatron_kosmos.data.tokenizer import KosmosTokenizer
 
 
@@ -11,10 +11,7 @@ def check_before_start(run: RunConfig, world_size: int) -> None:
     Raises ConfigError for a layout or batch that `world_size` doesn't fit and a vocabulary smaller than the
     tokenizer's, DataError for a tokenizer or corpora that aren't there or don't belong together.
     """
-    try:
-        run.data_parallel_size(world_size)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
+    run.data_parallel_size(world_size)
     tokenizer = KosmosTokenizer.load(run.data.tokenizer)
     if tokenizer.vocab_size > run.model.decoder.vocab_size:
         raise ConfigError(

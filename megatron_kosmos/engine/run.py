@@ -7,11 +7,11 @@ import torch.distributed as dist
 
 from megatron_kosmos.checkpoint.tensors import JSON
 from megatron_kosmos.config import RunConfig, save_config
-from megatron_kosmos.data import data_fingerprint
+from megatron_kosmos.data.corpus import data_fingerprint
 from megatron_kosmos.data.loader import BatchGeometry, ImageFormat, StepLoader
 from megatron_kosmos.engine.builder import build_stage
 from megatron_kosmos.engine.callbacks import Checkpointing, Metrics, Profiling
-from megatron_kosmos.engine.checkpointing import CheckpointStore
+from megatron_kosmos.engine.checkpointing import CHECKPOINTS, CheckpointStore
 from megatron_kosmos.engine.heldout import HeldoutEvaluation
 from megatron_kosmos.engine.train_step import StepRunner
 from megatron_kosmos.engine.trainer import Callback, Trainer
@@ -19,9 +19,6 @@ from megatron_kosmos.observability.metrics import MetricsWriter
 from megatron_kosmos.parallel.topology import Topology, build_topology
 
 logger = logging.getLogger(__name__)
-
-CHECKPOINTS = "checkpoints"
-"""Folder of a run that holds its checkpoints."""
 
 
 def train(run: RunConfig, device: torch.device) -> None:

@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 
 from megatron_kosmos.config import CorpusConfig, DataConfig
-from megatron_kosmos.data import data_fingerprint
-from megatron_kosmos.data.corpus import Corpus
+from megatron_kosmos.data.corpus import Corpus, data_fingerprint
 from megatron_kosmos.data.errors import DataError
 from megatron_kosmos.data.tokenizer import KosmosTokenizer
 from megatron_kosmos.data.tokenizer_making import TrainingSettings, train_tokenizer
