@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from megatron_kosmos.config import RunConfig
 from megatron_kosmos.observability.flops import (
     TRAINED,
-    decoder_forward_flops_per_token,
+    layer_forward_flops_per_token,
+    output_forward_flops_per_token,
     resampler_forward_flops_per_image,
     vision_flops_per_image,
 )
+from megatron_kosmos.prompt import SOURCE_KINDS
 
 
 @dataclass(frozen=True)
@@ -46,19 +48,17 @@ def training_costs(run: RunConfig) -> PieceCosts:
 def images_per_sequence(run: RunConfig) -> float:
     """Return the images that a sequence of the training mixture holds, if captions come with one every 2 L tokens and
     interleaved documents with one every 4 L (L slots an image)."""
-    weights = dict.fromkeys(("text", "caption", "interleaved"), 0.0)
+    weights = dict.fromkeys(SOURCE_KINDS, 0.0)
     for corpus in run.data.train:
         weights[corpus.kind] += corpus.weight
     images_per_token = (weights["caption"] / 2 + weights["interleaved"] / 4) / run.model.resampler.num_latents
     return run.data.sequence_length * images_per_token / sum(weights.values())
 
 
-def _forward_of_decoder(run: RunConfig) -> tuple[float, float]:
+def _forward_of_decoder(run: RunConfig) -> tuple[int, int]:
     """Return the forward operations of one layer and of the output projection."""
-    length = run.data.sequence_length
-    one, none = (run.model.decoder.model_copy(update={"num_layers": count}) for count in (1, 0))
-    output = decoder_forward_flops_per_token(none, length)
-    return length * (decoder_forward_flops_per_token(one, length) - output), length * output
+    decoder, length = run.model.decoder, run.data.sequence_length
+    return length * layer_forward_flops_per_token(decoder, length), length * output_forward_flops_per_token(decoder)
 
 
 def _resampler(run: RunConfig) -> int:

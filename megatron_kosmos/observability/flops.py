@@ -26,17 +26,28 @@ PEAK_BF16_FLOPS: Final = {
 """Dense bf16 operations a second by a part of the device's name, from NVIDIA's data sheets; the first match counts."""
 
 
-def decoder_forward_flops_per_token(decoder: DecoderConfig, sequence_length: int) -> float:
-    """Return the forward operations of one of T = `sequence_length` tokens, vocabulary projection included.
+def layer_forward_flops_per_token(decoder: DecoderConfig, sequence_length: int) -> int:
+    """Return the forward operations of one of T = `sequence_length` tokens in one decoder layer.
 
-    Per layer: qkv 2·D·(D + 2·G·K), output 2·D·D, FFN 4·D·F, and attention's causal half: scores and weighted values
-    are 4·T·D a token in full, of which the triangle at and below the diagonal is (T + 1)/2T. Then 2·D·V.
+    qkv 2·D·(D + 2·G·K), output 2·D·D, FFN 4·D·F, and attention's causal half: scores and weighted values are 4·T·D a
+    token in full, of which the triangle at and below the diagonal is (T + 1)/2T.
     """
     groups = decoder.num_query_groups or decoder.num_heads
     projections = 2 * decoder.width * (2 * decoder.width + 2 * groups * decoder.head_size)
     ffn = 4 * decoder.width * decoder.ffn_width
     attention = 2 * (sequence_length + 1) * decoder.width
-    return decoder.num_layers * (projections + ffn + attention) + 2 * decoder.width * decoder.vocab_size
+    return projections + ffn + attention
+
+
+def output_forward_flops_per_token(decoder: DecoderConfig) -> int:
+    """Return the forward operations of a token in the projection to the vocabulary: 2·D·V."""
+    return 2 * decoder.width * decoder.vocab_size
+
+
+def decoder_forward_flops_per_token(decoder: DecoderConfig, sequence_length: int) -> int:
+    """Return the forward operations of one of T = `sequence_length` tokens, vocabulary projection included."""
+    layers = decoder.num_layers * layer_forward_flops_per_token(decoder, sequence_length)
+    return layers + output_forward_flops_per_token(decoder)
 
 
 def vision_flops_per_image(vision: VisionConfig) -> int:
@@ -67,7 +78,7 @@ def resampler_forward_flops_per_image(resampler: ResamplerConfig, vision: Vision
     return resampler.depth * (attention + ffn) + 2 * latents * width * decoder_width
 
 
-def training_flops(model: ModelConfig, sequence_length: int, num_tokens: int, num_images: int) -> float:
+def training_flops(model: ModelConfig, sequence_length: int, num_tokens: int, num_images: int) -> int:
     """Return the operations of a training step over `num_tokens` positions and `num_images` real images."""
     per_token = TRAINED * decoder_forward_flops_per_token(model.decoder, sequence_length)
     resampler = resampler_forward_flops_per_image(model.resampler, model.vision, model.decoder.width)
