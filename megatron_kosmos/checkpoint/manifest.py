@@ -5,20 +5,19 @@ import json
 from pathlib import Path
 from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, NonNegativeInt
+from pydantic import NonNegativeInt
 
 from megatron_kosmos.checkpoint.errors import DamagedCheckpointError
 from megatron_kosmos.checkpoint.folders import write_durably
 from megatron_kosmos.checkpoint.mesh import CheckpointMesh
+from megatron_kosmos.config.base import StrictModel
 
 MANIFEST_FILE = "manifest.json"
 STATE_FILE = "state.json"
 
 
-class FileRecord(BaseModel):
+class FileRecord(StrictModel):
     """What a file was when it was written."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     num_bytes: NonNegativeInt
     sha256: str
@@ -31,19 +30,15 @@ class FileRecord(BaseModel):
             return cls(num_bytes=stream.tell(), sha256=digest.hexdigest())
 
 
-class TensorRecord(BaseModel):
+class TensorRecord(StrictModel):
     """A whole tensor's shape and torch dtype, such as "float32"."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     shape: tuple[NonNegativeInt, ...]
     dtype: str
 
 
-class Manifest(BaseModel):
+class Manifest(StrictModel):
     """Everything needed to tell whether a checkpoint is whole, and what can be loaded from it."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     format_version: Literal[1] = 1
     step: NonNegativeInt

@@ -26,6 +26,12 @@ from megatron_kosmos.prompt import BOS, END_OF_IMAGE, EOS, IMAGE, LINE, PAD, SPE
 Numbering = Literal["plain", "fairseq"]
 
 
+CHARACTER_COVERAGE = 0.9995
+"""Share of the characters that get pieces of their own; the rest is written in bytes."""
+MAX_LINES = 10_000_000
+"""Lines that sentencepiece trains on, the first of a larger text."""
+
+
 @dataclass(frozen=True)
 class TrainingSettings:
     """How sentencepiece trains."""
@@ -34,12 +40,8 @@ class TrainingSettings:
     """Ids of the result, the seven special tokens and 256 bytes included."""
     model_type: Literal["unigram", "bpe"] = "unigram"
     newlines: Newlines = "line"
-    character_coverage: float = 0.9995
-    """Share of the characters that get pieces of their own; the rest is written in bytes."""
     num_threads: int = 16
     """Threads of the trainer. Part of the result: sums in another order may choose other pieces."""
-    max_sentences: int = 10_000_000
-    """Lines that sentencepiece draws from a larger text."""
 
 
 def train_tokenizer(texts: Iterable[str], settings: TrainingSettings) -> KosmosTokenizer:
@@ -55,9 +57,9 @@ def train_tokenizer(texts: Iterable[str], settings: TrainingSettings) -> KosmosT
             model_writer=model,
             vocab_size=settings.vocab_size,
             model_type=settings.model_type,
-            character_coverage=settings.character_coverage,
+            character_coverage=CHARACTER_COVERAGE,
             num_threads=settings.num_threads,
-            input_sentence_size=settings.max_sentences,
+            input_sentence_size=MAX_LINES,
             shuffle_input_sentence=False,
             max_sentence_length=1 << 20,
             normalization_rule_name="identity",
