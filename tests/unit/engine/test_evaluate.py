@@ -1,7 +1,5 @@
 """Evaluation of an exported model: the scores that the choice among captions rests on."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
