@@ -60,7 +60,7 @@ def caption_sheet(run: Path) -> Image.Image:
     prompts = [config.evaluation.caption_prompt] * len(pictures)
     captions = generator.generate(prompts, [[picture] for picture in pictures], config.evaluation.caption_tokens)
     cards = [
-        render_card(picture.convert("RGB").resize((128, 128), Image.Resampling.NEAREST), caption.strip())
+        render_card(picture.resize((128, 128), Image.Resampling.NEAREST), caption.strip())
         for picture, caption in zip(pictures, captions, strict=True)
     ]
     height, width = max(card.shape[0] for card in cards), max(card.shape[1] for card in cards)

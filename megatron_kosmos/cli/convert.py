@@ -12,11 +12,6 @@ from megatron_kosmos.cli.libraries import quiet_libraries
 def register(app: typer.Typer) -> None:
     """Add the command group `convert`."""
     convert = typer.Typer(help="Turn training checkpoints into Hugging Face models.", no_args_is_help=True)
-
-    @convert.callback()
-    def group() -> None:
-        """Turn training checkpoints into Hugging Face models."""
-
     convert.command("to-hf")(to_hf)
     app.add_typer(convert, name="convert")
 

@@ -3,37 +3,22 @@
 Shape letters: S image side in pixels.
 """
 
-from pathlib import Path
-
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
 from megatron_kosmos.data.decoding import decode_image
-from megatron_kosmos.data.errors import DataError
 from megatron_kosmos.prompt import IMAGE_MEAN, IMAGE_STD
 
 
-def load_image(source: Path | str | bytes | Image.Image, image_size: int) -> Tensor:
-    """Return [3, S, S] float32: short side to S (bicubic), centre crop, CLIP's normalization.
+def load_image(source: bytes | Image.Image, image_size: int) -> Tensor:
+    """Return [3, S, S] float32 of an encoded or decoded picture: short side to S (bicubic), centre crop, normalization.
 
     Equal to transformers' CLIPImageProcessor for pictures that Pillow's draft mode does not touch. Raises DataError for
-    a file that cannot be read or does not decode.
+    bytes that do not decode.
     """
-    if isinstance(source, (str, Path)):
-        try:
-            data = Path(source).read_bytes()
-        except OSError as error:
-            raise DataError(f"no picture at {source}: {error.strerror}") from error
-        try:
-            image = decode_image(data, shrink_to=image_size)
-        except DataError as error:
-            raise DataError(f"{source}: {error}") from error
-    elif isinstance(source, bytes):
-        image = decode_image(source, shrink_to=image_size)
-    else:
-        image = source.convert("RGB")
+    image = decode_image(source, shrink_to=image_size) if isinstance(source, bytes) else source.convert("RGB")
     return normalize(resize_and_crop(image, image_size))
 
 

@@ -94,11 +94,6 @@ class MetricsWriter:
         listing = "\n".join(f"{index}. {caption}" for index, caption in enumerate(captions))
         self._tensorboard.add_text(tag, listing, step)
 
-    def flush(self) -> None:
-        """Wait until everything written so far can be read by others."""
-        self._file.flush()
-        self._tensorboard.flush()
-
     def close(self) -> None:
         """Write what is pending and close both files."""
         self._file.close()

@@ -115,7 +115,7 @@ def test_the_folder_loads_in_a_process_without_this_package(tokenizer: Path, tmp
     assert found["same_weights"]
     slots = [ours.image_id, *[ours.pad_id] * 3, ours.end_of_image_id]
     assert found["ids"] == [[ours.bos_id, *ours.encode("An image of\n"), *slots, *ours.encode("a seven")]]
-    pixels = load_image(picture, 16)
+    pixels = load_image(picture.read_bytes(), 16)
     assert (torch.tensor(found["pixels"][0]) - pixels).abs().mean() < 1e-3
     generator = Generator.load(folder, torch.device("cpu"))
     inputs = generator.processor(text=prompt, images=[Image.open(picture)], return_tensors="pt")

@@ -2,7 +2,6 @@
 
 import io
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -35,12 +34,9 @@ def test_pixels_are_those_of_clip(picture: Callable[..., bytes], width: int, hei
     torch.testing.assert_close(pixels, expected, rtol=0, atol=1e-6)
 
 
-def test_a_file_bytes_and_a_picture_give_the_same(picture: Callable[..., bytes], tmp_path: Path) -> None:
+def test_bytes_and_a_picture_give_the_same(picture: Callable[..., bytes]) -> None:
     data = picture()
-    (tmp_path / "a.png").write_bytes(data)
-    expected = load_image(data, 16)
-    for source in (tmp_path / "a.png", str(tmp_path / "a.png"), Image.open(io.BytesIO(data))):
-        assert torch.equal(load_image(source, 16), expected)
+    assert torch.equal(load_image(Image.open(io.BytesIO(data)), 16), load_image(data, 16))
 
 
 @pytest.mark.parametrize("mode", ["L", "P", "RGBA", "LA", "1", "CMYK"])
@@ -75,12 +71,9 @@ def test_truncated_pictures(picture: Callable[..., bytes], file_format: str) -> 
             decode_image(data[:cut])
 
 
-def test_a_bad_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"no picture at .*none\.png"):
-        load_image(tmp_path / "none.png", 8)
-    (tmp_path / "text.png").write_text("not a picture")
-    with pytest.raises(DataError, match=r"text\.png: no picture in these 13 bytes"):
-        load_image(tmp_path / "text.png", 8)
+def test_bytes_that_are_no_picture_are_refused() -> None:
+    with pytest.raises(DataError, match=r"no picture in these 13 bytes"):
+        load_image(b"not a picture", 8)
 
 
 def test_a_picture_with_too_many_pixels_is_refused_undecoded() -> None:
