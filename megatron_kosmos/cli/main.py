@@ -1,6 +1,6 @@
-"""The `kosmos` command: an application that gathers the sub-commands of the modules beside it.
+"""The `kosmos` command: an application that gathers the sub-commands of the command modules beside it.
 
-Each command's module defines `register(app)` and loads torch inside its command only, so that `kosmos --help` answers at once.
+Each of them defines `register(app)` and loads torch inside its command only, so that `kosmos --help` answers at once.
 """
 
 import sys
