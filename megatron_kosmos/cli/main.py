@@ -27,7 +27,6 @@ def build_app() -> typer.Typer:
     """Return the application with every sub-command registered."""
     app = typer.Typer(
         name="kosmos",
-        help="Prepare data for, train, evaluate and export KOSMOS-1-style multimodal language models.",
         no_args_is_help=True,
         add_completion=False,
         pretty_exceptions_enable=False,
