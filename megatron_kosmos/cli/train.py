@@ -36,6 +36,8 @@ def train(
         run = load_config(config, overrides or ())
         if dry_run:
             _print_plan(run, world_size or started)
+        elif world_size is not None:
+            raise ConfigError("--world-size plans for processes that are not there: it needs --dry-run")
         else:
             _train(run, rank, started)
     except ConfigError as error:

@@ -118,10 +118,10 @@ class ModelConfig(StrictModel):
 
     @model_validator(mode="after")
     def _an_image_fits(self) -> Self:
-        needed = self.resampler.num_latents + 3
+        needed = self.resampler.num_latents + 4
         if self.decoder.max_sequence_length < needed:
             raise ValueError(
                 f"decoder.max_sequence_length={self.decoder.max_sequence_length} holds no image: "
-                f"resampler.num_latents + 3 = {needed} tokens are the least"
+                f"resampler.num_latents + 4 = {needed} tokens are the least"
             )
         return self

@@ -85,10 +85,10 @@ class RunConfig(StrictModel):
                 f"data.sequence_length={self.data.sequence_length} exceeds "
                 f"model.decoder.max_sequence_length={decoder.max_sequence_length}"
             )
-        if self.data.sequence_length < self.model.resampler.num_latents + 3:
+        if self.data.sequence_length < self.model.resampler.num_latents + 4:
             raise ValueError(
                 f"data.sequence_length={self.data.sequence_length} holds no image of "
-                f"model.resampler.num_latents={self.model.resampler.num_latents} slots and its two markers"
+                f"model.resampler.num_latents={self.model.resampler.num_latents} slots, its two markers, <s> and </s>"
             )
         if parallel.sequence_parallel and self.data.sequence_length % parallel.tensor_parallel_size:
             raise ValueError(

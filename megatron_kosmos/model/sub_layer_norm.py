@@ -31,22 +31,6 @@ class SubLNRowParallelLinear(RowParallelLinear):
         """Return the projection [T, B, D] (its sequence shard under sequence parallelism) and None for the bias."""
         return super().forward(self.norm(x_TBW))
 
-    def sharded_state_dict(
-        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
-    ) -> Any:
-        """Describe the shards to megatron-core; the inherited method would take the norm for replicated."""
-        from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
-
-        assert metadata is not None
-        return make_sharded_tensors_for_checkpoint(
-            self.state_dict(prefix="", keep_vars=True),
-            prefix,
-            {"weight": 1, "norm.weight": 0, "norm.bias": 0},
-            sharded_offsets,
-            tp_group=self.tp_group,
-            dp_cp_group=metadata["dp_cp_group"],
-        )
-
 
 class ShardedLayerNorm(nn.Module):
     """LayerNorm over the full width of an activation of which each rank of `group` holds W columns.
