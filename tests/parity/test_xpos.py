@@ -62,3 +62,11 @@ def test_scores_depend_on_the_distance_alone() -> None:
     for distance in (0, 1, 30, 1000):
         along = scores.diagonal(-distance)
         torch.testing.assert_close(along, along[:1].expand_as(along), rtol=0, atol=2e-4)
+
+
+def test_bf16_heads_meet_fp32_tables() -> None:
+    """What a bf16 model rotates is good to its own last digit: tables and products are fp32's."""
+    query, key = (vector.to(torch.bfloat16) for vector in draw(MAX_LENGTH))
+    for rotated, exact in zip(rotate(query, key), rotate(query.double(), key.double()), strict=True):
+        assert rotated.dtype == torch.bfloat16
+        assert ((rotated.double() - exact).abs() <= 2**-8 * exact.abs() + 1e-6).all()

@@ -56,6 +56,7 @@ CASES = {
     "fp32": (make_case(0.0), 1e-6),
     "fp32_far_from_zero": (make_case(1e3), 3e-4),
     "bf16": (make_case(0.0, torch.bfloat16), 2e-2),
+    "bf16_far_from_zero": (make_case(50.0, torch.bfloat16), 4e-2),
 }
 """Inputs, and the largest error relative to the largest value."""
 
