@@ -81,5 +81,5 @@ def _train(run: RunConfig, rank: int, world_size: int) -> None:
         sys.exit(f"kosmos train: {error}" if rank == 0 else 1)
     except DataError as error:
         sys.exit(f"kosmos train: rank {rank}: {error}")
-    finally:
-        stop_process_group()
+    # Only now: after an error, leaving in good order would wait for ranks that sit in a collective.
+    stop_process_group()

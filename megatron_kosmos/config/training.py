@@ -18,7 +18,7 @@ class TrainingConfig(StrictModel):
     """Sequences that go through the model at once on one data-parallel rank."""
     global_batch_size: PositiveInt
     """Sequences of one optimizer step over all data-parallel ranks."""
-    seed: NonNegativeInt = 1
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 1
     """Initialization, dropout and data order derive from it."""
     precision: Literal["fp32", "bf16"] = "bf16"
     """bf16 keeps fp32 masters, fp32 moments and fp32 gradient sums."""

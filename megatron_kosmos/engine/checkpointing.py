@@ -91,11 +91,12 @@ class CheckpointStore:
     def load(self, folder: Path, named: Sequence[NamedParameter], run: RunConfig, data: str | None) -> Snapshot:
         """Read what the checkpoint in `folder` holds of this rank's parameters.
 
-        Raises CheckpointError on every rank alike: for damage, for another architecture, with what differs, and for
-        other training data than the fingerprint `data` (None: any).
+        Raises CheckpointError on every rank alike: for damage, for another architecture or order of the data, with what
+        differs, and for other training data than the fingerprint `data` (None: any).
         """
         state = read_state(folder)
         _check_architecture(folder, state, run)
+        _check_order(folder, state, run)
         if data is not None and state["data"] != data:
             raise CheckpointError(
                 f"{folder} was trained on other data: corpora, weights, tokenizer or sequence length have changed, so "
@@ -152,6 +153,17 @@ def restore_optimizer(stage: Stage, snapshot: Snapshot) -> None:
 
 def _tensor_name(name: str, key: str) -> str:
     return MODEL_PREFIX + name if key == MASTER else f"optimizer/{name}/{key}"
+
+
+def _check_order(folder: Path, state: Mapping[str, Any], run: RunConfig) -> None:
+    """Refuse to go on with another order of the data, which follows from seed and global batch (decision 5)."""
+    for field in ("seed", "global_batch_size"):
+        saved, now = state["config"]["training"][field], getattr(run.training, field)
+        if saved != now:
+            raise CheckpointError(
+                f"{folder} was trained with training.{field}={saved}, not {now}: with another one the data would go on "
+                f"somewhere else; restore it or start a new run_dir"
+            )
 
 
 def _check_architecture(folder: Path, state: Mapping[str, Any], run: RunConfig) -> None:

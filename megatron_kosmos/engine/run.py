@@ -40,7 +40,7 @@ def train(run: RunConfig, device: torch.device) -> None:
     if writer is not None:
         save_config(run, run.run_dir / "config.yaml")
     state: dict[str, JSON] = {"config": run.model_dump(mode="json"), "data": data}
-    callbacks: list[Callback] = [HeldoutEvaluation(run, runner, writer), Checkpointing(run, runner, store, state)]
+    callbacks: list[Callback] = [Checkpointing(run, runner, store, state), HeldoutEvaluation(run, runner, writer)]
     if run.logging.profile_steps is not None:
         callbacks.append(Profiling(run, first_step, dist.get_rank()))
     if writer is not None:

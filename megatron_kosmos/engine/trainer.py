@@ -20,7 +20,7 @@ class StepReport:
     is_last: bool
     result: StepResult
     seconds: float
-    """Wall time since the step before ended, waiting for data included."""
+    """Wall time of the step, waiting for its data included, callbacks not."""
     scalars: dict[str, Scalar] = field(default_factory=dict)
     """Further numbers for the metrics of this step; callbacks add to it."""
 
@@ -49,14 +49,12 @@ class Trainer:
         """Take every step from `first_step` (steps done so far) to the last; `batches` begins with that step's."""
         num_steps = self.run.training.steps
         try:
-            started = time.perf_counter()
             for step in range(first_step, num_steps):
+                started = time.perf_counter()
                 with self.runner.timers.section("data"):
                     microbatches = next(batches)
                 result = self.runner.train(step, microbatches)
-                ended = time.perf_counter()
-                report = StepReport(step + 1, step + 1 == num_steps, result, ended - started)
-                started = ended
+                report = StepReport(step + 1, step + 1 == num_steps, result, time.perf_counter() - started)
                 for callback in self.callbacks:
                     callback.after_step(report)
         finally:

@@ -100,7 +100,8 @@ class ZeroOptimizer:
         for group in self.adamw.param_groups:
             group["lr"] = rate
         self.engine.step()
-        return float(self.engine.get_global_grad_norm()), rate
+        norm = float(self.engine.get_global_grad_norm())
+        return math.nan if norm < 0 else norm, rate  # DeepSpeed writes -1 for what is not finite
 
     def drop_gradients(self) -> None:
         """Forget the accumulated gradients: the step is skipped."""
@@ -119,6 +120,8 @@ class ZeroOptimizer:
                 and (self.topology.tp_rank == 0 or is_model_parallel_parameter(parameter))
             ]
             norm = torch.as_tensor(get_global_norm_of_tensors(counted, mpu=self.engine.mpu))
+            # Clipping by the -1 that stands for what is not finite would turn every gradient around.
+            norm = torch.where(norm < 0, torch.nan, norm)
             clip_grads_with_norm_(self.parameters, self.engine.gradient_clipping(), norm)
             self.engine._global_grad_norm = norm
 

@@ -3,6 +3,7 @@
 The layouts are compared with one process; a mistake that all of them make shows only here.
 """
 
+import math
 from typing import Any
 
 import pytest
@@ -85,3 +86,18 @@ def test_training_is_that_of_a_plain_loop(clip: float, zero_stage: int) -> None:
         # Adam divides by the root of a second moment that rounding reaches where the gradient is zero in truth.
         if not name.endswith("k_proj.bias"):
             torch.testing.assert_close(staged[1][name], weight, atol=2e-5, rtol=1e-4, msg=name)
+
+
+def norm_of_broken_weights(run: RunConfig) -> float:
+    """Train a step from a weight that is not a number; return the gradient norm."""
+    topology = build_topology(run.parallel, torch.device("cpu"))
+    stage, _ = build_stage(run, topology)
+    with torch.no_grad():
+        stage.named[-1].parameter[0] = torch.nan
+    return StepRunner(run, stage, topology).train(0, step_batches(0, "timm")).grad_norm
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1, 2])
+def test_a_gradient_that_is_not_finite_shows(zero_stage: int) -> None:
+    (norm,) = run_ranks(norm_of_broken_weights, 1, tiny_run(parallel__zero_stage=zero_stage))
+    assert not math.isfinite(norm)

@@ -66,6 +66,13 @@ def test_resumed_run_is_the_undisturbed_run(layout: str, tmp_path: Path) -> None
     assert resumed == undisturbed[3:]
 
 
+@pytest.mark.parametrize(("field", "value"), [("seed", 2), ("global_batch_size", 4)])
+def test_another_order_of_the_data_is_refused(field: str, value: int, tmp_path: Path) -> None:
+    run_ranks(train_rank, 1, tiny_run(), tmp_path, 1, 1)
+    with pytest.raises(RankFailure, match=f"was trained with training.{field}="):
+        run_ranks(train_rank, 1, tiny_run(**{f"training__{field}": value}), tmp_path, 2, None)
+
+
 def test_another_architecture_is_refused_with_its_fields(tmp_path: Path) -> None:
     run_ranks(train_rank, 2, tiny_run(), tmp_path, 1, 1)
     with pytest.raises(RankFailure) as failure:
