@@ -23,9 +23,10 @@ class MultimodalBatch:
     loss_mask: Tensor
     """[B, T] bool. True where the label is a text token or the end of a document, not on image tokens and padding."""
     position_ids: Tensor
-    """[B, T] int64. Positions within the sequence, 0 ≤ position < T."""
-    document_ids: Tensor
-    """[B, T] int32. Number of the document within its sequence, counted from 0; padding has -1."""
+    """[B, T] int64. Positions within the sequence, or within the document under `data.document_mask`."""
+    document_starts: Tensor
+    """[N + 1] int32, on the host. Where each of the N stretches that attention stays within begins, counted over the
+    rows laid end to end, and B * T at last (flash-attn's cu_seqlens). Plain packing has one stretch a row."""
     images: Tensor
     """[I, 3, S, S] float32, normalized as CLIP wants them. [0, 3, S, S] on ranks that hold no vision tower."""
     image_positions: Tensor
@@ -41,11 +42,16 @@ class MultimodalBatch:
             labels=torch.zeros_like(input_ids),
             loss_mask=torch.zeros_like(input_ids, dtype=torch.bool),
             position_ids=torch.arange(input_ids.shape[1]).repeat(len(input_ids), 1),
-            document_ids=torch.zeros_like(input_ids, dtype=torch.int32),
+            document_starts=row_starts(*input_ids.shape),
             images=images,
             image_positions=image_positions,
             sources=torch.zeros(len(input_ids), dtype=torch.int64),
         )
+
+    @property
+    def masks_documents(self) -> bool:
+        """Whether attention stays within stretches that are shorter than the rows."""
+        return len(self.document_starts) > len(self.input_ids) + 1
 
     @property
     def num_target_tokens(self) -> int:
@@ -60,6 +66,11 @@ class MultimodalBatch:
         return slots
 
     def to(self, device: torch.device) -> "MultimodalBatch":
-        """Return the batch with every tensor on `device`."""
+        """Return the batch with every tensor but `document_starts` on `device`."""
         moved = {field.name: getattr(self, field.name).to(device, non_blocking=True) for field in fields(self)}
-        return MultimodalBatch(**moved)
+        return MultimodalBatch(**(moved | {"document_starts": self.document_starts}))
+
+
+def row_starts(num_rows: int, length: int) -> Tensor:
+    """Return the `document_starts` of plain packing: every row is one stretch."""
+    return torch.arange(0, (num_rows + 1) * length, length, dtype=torch.int32)

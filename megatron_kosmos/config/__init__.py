@@ -2,23 +2,35 @@
 
 from megatron_kosmos.config.data import CorpusConfig, DataConfig
 from megatron_kosmos.config.errors import ConfigError
+from megatron_kosmos.config.kernels import KernelsConfig
 from megatron_kosmos.config.loader import load_config, parse_config, save_config
-from megatron_kosmos.config.model import DecoderConfig, ModelConfig, ResamplerConfig, VisionConfig
+from megatron_kosmos.config.model import (
+    CrossAttentionConfig,
+    DecoderConfig,
+    ModelConfig,
+    PerceiverConfig,
+    ResamplerConfig,
+    VisionConfig,
+)
 from megatron_kosmos.config.parallel import ParallelConfig
 from megatron_kosmos.config.run import CheckpointConfig, EvaluationConfig, LoggingConfig, RunConfig
-from megatron_kosmos.config.training import OptimizerConfig, TrainingConfig
+from megatron_kosmos.config.training import OptimizerConfig, ParameterGroupConfig, TrainingConfig
 
 __all__ = [
     "CheckpointConfig",
     "ConfigError",
     "CorpusConfig",
+    "CrossAttentionConfig",
     "DataConfig",
     "DecoderConfig",
     "EvaluationConfig",
+    "KernelsConfig",
     "LoggingConfig",
     "ModelConfig",
     "OptimizerConfig",
     "ParallelConfig",
+    "ParameterGroupConfig",
+    "PerceiverConfig",
     "ResamplerConfig",
     "RunConfig",
     "TrainingConfig",

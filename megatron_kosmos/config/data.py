@@ -29,6 +29,9 @@ class DataConfig(StrictModel):
     train: tuple[CorpusConfig, ...]
     heldout: tuple[CorpusConfig, ...] = ()
     """Corpora for evaluation; no document of theirs may occur in `train`."""
+    document_mask: bool = False
+    """Keep attention within each document of a packed sequence and count its positions from 0. The paper packs plainly:
+    false."""
     num_workers: NonNegativeInt = 2
     """Processes that decode images, on ranks that hold the vision tower; 0 decodes in the training process."""
     on_bad_document: Literal["error", "skip"] = "error"

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from megatron_kosmos.config.base import StrictModel
 
@@ -27,8 +27,12 @@ class DecoderConfig(StrictModel):
     max_sequence_length: PositiveInt
     xpos: bool = True
     """Rotate queries and keys by position, with xPos's decay."""
-    learned_positions: bool = False
-    """Add a learned embedding of the position to the input (Kosmos-X has it besides xPos)."""
+    positions: Literal["none", "learned", "sinusoidal"] = "none"
+    """What is added to the input: Kosmos-X has a learned embedding of the position besides xPos, KOSMOS-2 sinusoids."""
+    scale_embeddings: bool = False
+    """Multiply the input by sqrt(width) after the images are spliced in, before positions are added (KOSMOS-2)."""
+    query_key_norm: bool = False
+    """Normalize each head's queries and keys over the head (arXiv 2302.05442, section 2), before xPos."""
     tie_embeddings: bool = False
     """Use the input embedding as the output projection."""
     dropout: Probability = 0.1
@@ -55,6 +59,8 @@ class DecoderConfig(StrictModel):
             raise ValueError(
                 f"num_heads={self.num_heads} is not a multiple of num_query_groups={self.num_query_groups}"
             )
+        if self.positions == "sinusoidal" and (self.width % 2 or self.width < 4):
+            raise ValueError(f"sinusoidal positions are halves of sines and cosines: width={self.width} must be even")
         if self.xpos and self.head_size % 2:
             raise ValueError(f"xpos rotates pairs: width/num_heads={self.head_size} must be even")
         return self
@@ -73,8 +79,9 @@ class VisionConfig(StrictModel):
     patch_size: PositiveInt
     activation: Literal["quick_gelu", "gelu"] = "quick_gelu"
     """OpenAI's weights want quick_gelu, laion's gelu."""
-    frozen_layers: NonNegativeInt = 0
-    """Layers from the bottom, patch embedding included, that are not trained and run without autograd."""
+    features: Literal["hidden", "normalized"] = "hidden"
+    """What the resampler reads of every patch and the class token: the last layer's output, or that after the
+    post-LayerNorm and divided by its L2 norm (KOSMOS-2)."""
     pretrained: Path | None = None
     """Folder of a `transformers` CLIP model to start from; null starts from random weights."""
     position_embedding_std: PositiveFloat = 0.02
@@ -91,14 +98,13 @@ class VisionConfig(StrictModel):
             raise ValueError(f"image_size={self.image_size} is not a multiple of patch_size={self.patch_size}")
         if self.width % self.num_heads:
             raise ValueError(f"width={self.width} is not a multiple of num_heads={self.num_heads}")
-        if self.frozen_layers > self.num_layers:
-            raise ValueError(f"frozen_layers={self.frozen_layers} exceeds num_layers={self.num_layers}")
         return self
 
 
-class ResamplerConfig(StrictModel):
+class PerceiverConfig(StrictModel):
     """The perceiver resampler of Flamingo (arXiv 2204.14198, section 3.1.1) and the projection to decoder width."""
 
+    kind: Literal["perceiver"]
     depth: PositiveInt = 2
     num_latents: PositiveInt = 64
     """L, embeddings that stand for an image in the sequence."""
@@ -109,12 +115,35 @@ class ResamplerConfig(StrictModel):
     """Factor on the initial query and key weights (see docs/decisions)."""
 
 
+class CrossAttentionConfig(StrictModel):
+    """KOSMOS-2's resampler (transformers' Kosmos2ImageToTextProjection): features projected to decoder width, then one
+    attention from the latents to features and latents."""
+
+    kind: Literal["cross_attention"]
+    num_latents: PositiveInt = 64
+    """L, embeddings that stand for an image in the sequence."""
+    num_heads: PositiveInt = 32
+    """KOSMOS-2 takes the decoder's."""
+    attention_dropout: Probability = 0.1
+
+
+ResamplerConfig = Annotated[PerceiverConfig | CrossAttentionConfig, Field(discriminator="kind")]
+"""How an image's features become the L embeddings in the sequence."""
+
+
 class ModelConfig(StrictModel):
     """The whole network."""
 
     decoder: DecoderConfig
     vision: VisionConfig
     resampler: ResamplerConfig
+
+    @model_validator(mode="after")
+    def _resampler_heads_divide(self) -> Self:
+        resampler, width = self.resampler, self.decoder.width
+        if isinstance(resampler, CrossAttentionConfig) and width % resampler.num_heads:
+            raise ValueError(f"decoder.width={width} is not a multiple of resampler.num_heads={resampler.num_heads}")
+        return self
 
     @model_validator(mode="after")
     def _an_image_fits(self) -> Self:

@@ -8,6 +8,7 @@ from pydantic import NonNegativeInt, PositiveInt, model_validator
 from megatron_kosmos.config.base import StrictModel
 from megatron_kosmos.config.data import DataConfig
 from megatron_kosmos.config.errors import ConfigError
+from megatron_kosmos.config.kernels import KernelsConfig
 from megatron_kosmos.config.model import ModelConfig
 from megatron_kosmos.config.parallel import ParallelConfig
 from megatron_kosmos.config.training import OptimizerConfig, TrainingConfig
@@ -59,6 +60,7 @@ class RunConfig(StrictModel):
     """Folder of config.yaml, metrics.jsonl, tensorboard/ and checkpoints/."""
     model: ModelConfig
     parallel: ParallelConfig = ParallelConfig()
+    kernels: KernelsConfig = KernelsConfig()
     training: TrainingConfig
     optimizer: OptimizerConfig
     data: DataConfig
@@ -73,13 +75,18 @@ class RunConfig(StrictModel):
             ("model.decoder.num_heads", decoder.num_heads),
             ("model.decoder.ffn_width", decoder.ffn_width),
             ("model.decoder.vocab_multiple", decoder.vocab_multiple),
-            ("model.decoder.num_query_groups", decoder.num_query_groups or decoder.num_heads),
         ):
             if value % parallel.tensor_parallel_size:
                 raise ValueError(
                     f"{field}={value} is not a multiple of "
                     f"parallel.tensor_parallel_size={parallel.tensor_parallel_size}"
                 )
+        groups = decoder.num_query_groups or decoder.num_heads
+        if groups % parallel.tensor_parallel_size and parallel.tensor_parallel_size % groups:
+            raise ValueError(
+                f"model.decoder.num_query_groups={groups} and parallel.tensor_parallel_size="
+                f"{parallel.tensor_parallel_size}: one must be a multiple of the other"
+            )
         if self.data.sequence_length > decoder.max_sequence_length:
             raise ValueError(
                 f"data.sequence_length={self.data.sequence_length} exceeds "

@@ -10,11 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_kosmos.batch import MultimodalBatch
+from megatron_kosmos.batch import MultimodalBatch, row_starts
 from megatron_kosmos.data.corpus import Corpus
 from megatron_kosmos.data.errors import DataError
 from megatron_kosmos.data.images import load_image
 from megatron_kosmos.data.mixture import Sample
+from megatron_kosmos.data.packing import PackedRow
 from megatron_kosmos.prompt import SOURCE_KINDS
 
 
@@ -48,9 +49,15 @@ class Collator:
     """Makes microbatches of samples from `corpora`."""
 
     def __init__(
-        self, corpora: Sequence[Corpus], images: ImageFormat, decode_images: bool, stop_at_bad_image: bool
+        self,
+        corpora: Sequence[Corpus],
+        images: ImageFormat,
+        *,
+        decode_images: bool,
+        stop_at_bad_image: bool,
+        mask_documents: bool,
     ) -> None:
-        self._corpora, self._size = corpora, images.size
+        self._corpora, self._size, self._mask_documents = corpora, images.size, mask_documents
         self._decode_images, self._stop_at_bad_image = decode_images, stop_at_bad_image
 
     def __call__(self, samples: Sequence[Sample]) -> Microbatch:
@@ -64,17 +71,30 @@ class Collator:
         ]
         places = [(number, column) for number, row in enumerate(rows) for column in row.image_columns]
         input_ids = torch.from_numpy(np.stack([row.input_ids for row in rows]))
+        starts, positions = self._documents(rows)
         batch = MultimodalBatch(
             input_ids=input_ids,
             labels=torch.from_numpy(np.stack([row.labels for row in rows])),
             loss_mask=torch.from_numpy(np.stack([row.loss_mask for row in rows])),
-            position_ids=torch.arange(input_ids.shape[1]).repeat(len(rows), 1),
-            document_ids=torch.from_numpy(np.stack([row.document_ids for row in rows])),
+            position_ids=positions,
+            document_starts=starts,
             images=torch.stack(pictures) if pictures else torch.zeros(0, 3, self._size, self._size),
             image_positions=torch.tensor(places, dtype=torch.int64).reshape(-1, 2),
             sources=torch.tensor([SOURCE_KINDS.index(self._corpora[sample.corpus].kind) for sample in samples]),
         )
         return Microbatch(batch, tuple(bad_images))
+
+    def _documents(self, rows: Sequence[PackedRow]) -> tuple[Tensor, Tensor]:
+        """Return where attention's stretches begin [N + 1] and the positions [B, T], by document or by row."""
+        num_rows, length = len(rows), len(rows[0].input_ids)
+        starts = row_starts(num_rows, length)
+        if self._mask_documents:
+            ids = np.concatenate([row.document_ids for row in rows])
+            is_start = np.append(ids[1:] != ids[:-1], True)
+            is_start[length - 1 :: length] = True
+            starts = torch.from_numpy(np.append(0, np.flatnonzero(is_start) + 1).astype(np.int32))
+        positions = torch.arange(num_rows * length) - starts[:-1].long().repeat_interleave(starts.diff())
+        return starts, positions.view(num_rows, length)
 
     def _picture(self, corpus: Corpus, image: int, bad_images: list[str]) -> Tensor:
         """Return [3, S, S]; a picture that does not decode is blank and goes to `bad_images`, or raises DataError."""

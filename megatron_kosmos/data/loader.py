@@ -210,5 +210,10 @@ def _open_packers(
 
 
 def _collator(data: DataConfig, images: ImageFormat, packers: Sequence[Packer], decode_images: bool) -> Collator:
-    stop_at_bad = data.on_bad_document == "error"
-    return Collator([packer.corpus for packer in packers], images, decode_images, stop_at_bad)
+    return Collator(
+        [packer.corpus for packer in packers],
+        images,
+        decode_images=decode_images,
+        stop_at_bad_image=data.on_bad_document == "error",
+        mask_documents=data.document_mask,
+    )

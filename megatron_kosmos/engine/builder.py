@@ -50,10 +50,14 @@ def build_chunks(run: RunConfig, transformer: TransformerConfig, topology: Topol
     # Registers the random stream that tensor-parallel modules ask for; seed_microbatch sets it before each use.
     model_parallel_cuda_manual_seed(run.training.seed)
     layers = decoder_layers_of_chunks(run)
-    return tuple(
+    chunks = tuple(
         KosmosModel(run.model, transformer, chunk, topology)
         for chunk in chunks_of_stage(layers, topology.pp_rank, topology.pp_size)
     )
+    for named in (named for chunk in chunks for named in named_parameters(chunk)):
+        if run.optimizer.freezes(named.name):
+            named.parameter.requires_grad_(False)
+    return chunks
 
 
 def derive_transformer_config(run: RunConfig) -> TransformerConfig:

@@ -32,7 +32,7 @@ def forward_costs(run: RunConfig) -> PieceCosts:
     """Return the operations of the forward pass."""
     vision = run.model.vision
     # What is frozen runs forward only, so this is the forward cost of all of it.
-    tower = vision_flops_per_image(vision.model_copy(update={"frozen_layers": vision.num_layers}))
+    tower = vision_flops_per_image(vision, num_frozen_layers=vision.num_layers)
     layer, output = _forward_of_decoder(run)
     return PieceCosts(layer, images_per_sequence(run) * (tower + _resampler(run)), output)
 
@@ -41,8 +41,17 @@ def training_costs(run: RunConfig) -> PieceCosts:
     """Return the operations of a training step: forward, backward where there is one, and recomputation."""
     layer, output = _forward_of_decoder(run)
     layer_passes = TRAINED + 1 if run.training.recompute == "full" else TRAINED
-    image = vision_flops_per_image(run.model.vision) + TRAINED * _resampler(run)
+    image = vision_flops_per_image(run.model.vision, num_frozen_vision_layers(run)) + TRAINED * _resampler(run)
     return PieceCosts(layer_passes * layer, images_per_sequence(run) * image, TRAINED * output)
+
+
+def num_frozen_vision_layers(run: RunConfig) -> int:
+    """Return the layers of the vision tower, from the bottom, that nothing below or in them is trained."""
+    freezes, vision = run.optimizer.freezes, run.model.vision
+    if not freezes("vision_tower.embeddings.patch_embedding.weight"):
+        return 0
+    layers = (f"vision_tower.encoder.layers.{number}.mlp.fc1.weight" for number in range(vision.num_layers))
+    return next((number for number, name in enumerate(layers) if not freezes(name)), vision.num_layers)
 
 
 def images_per_sequence(run: RunConfig) -> float:

@@ -33,7 +33,7 @@ def kosmos_config(model: ModelConfig, tokenizer: KosmosHFTokenizer) -> KosmosCon
         num_key_value_heads=decoder.num_query_groups or decoder.num_heads,
         max_position_embeddings=decoder.max_sequence_length,
         xpos=decoder.xpos,
-        learned_positions=decoder.learned_positions,
+        learned_positions=decoder.positions == "learned",
         dropout=decoder.dropout,
         attention_dropout=decoder.attention_dropout,
         layer_norm_eps=decoder.layer_norm_epsilon,

@@ -27,7 +27,7 @@ class SplicedEmbedding(nn.Module):
         )
         self.position_embeddings = (
             nn.Embedding(decoder.max_sequence_length, decoder.width, dtype=config.params_dtype)
-            if decoder.learned_positions
+            if decoder.positions == "learned"
             else None
         )
 

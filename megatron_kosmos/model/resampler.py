@@ -8,13 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megatron_kosmos.config import ResamplerConfig
+from megatron_kosmos.config import PerceiverConfig
 
 
 class PerceiverResampler(nn.Module):
     """Learned latents that attend to an image's features, projected to the decoder's width."""
 
-    def __init__(self, config: ResamplerConfig, vision_width: int, decoder_width: int) -> None:
+    def __init__(self, config: PerceiverConfig, vision_width: int, decoder_width: int) -> None:
         super().__init__()
         self.latents = nn.Parameter(torch.empty(config.num_latents, vision_width))
         self.frame_embedding = nn.Parameter(torch.empty(vision_width))
@@ -39,7 +39,7 @@ class PerceiverResampler(nn.Module):
 class PerceiverLayer(nn.Module):
     """Attention from latents to features, then a feed-forward network, each with a residual connection."""
 
-    def __init__(self, config: ResamplerConfig, width: int) -> None:
+    def __init__(self, config: PerceiverConfig, width: int) -> None:
         super().__init__()
         self.attention = PerceiverAttention(width, config.num_heads, config.head_size)
         self.ffn = FeedForward(width, width * config.ffn_multiplier)

@@ -50,18 +50,19 @@ def decoder_forward_flops_per_token(decoder: DecoderConfig, sequence_length: int
     return layers + output_forward_flops_per_token(decoder)
 
 
-def vision_flops_per_image(vision: VisionConfig) -> int:
-    """Return the operations of one image through the tower: forward, and backward through what is trained.
+def vision_flops_per_image(vision: VisionConfig, num_frozen_layers: int) -> int:
+    """Return the operations of one image through the tower: forward, and backward through what is
+    trained: all but the first `num_frozen_layers` layers and what is below them.
 
     Per layer, over P tokens: qkv and output 8·P·E², FFN 4·P·E·F, attention 4·P²·E. The patch embedding is
     2·(P - 1)·E·3·patch²; its input needs no gradient, so training it costs twice its forward, not three times.
     """
     width, patches = vision.width, vision.num_patches
     layer = 8 * patches * width**2 + 4 * patches * width * vision.ffn_width + 4 * patches**2 * width
-    trained_layers = vision.num_layers - vision.frozen_layers
+    trained_layers = vision.num_layers - num_frozen_layers
     embedding = 2 * (patches - 1) * width * 3 * vision.patch_size**2
-    embedding_passes = 2 if vision.frozen_layers == 0 else 1
-    return layer * (vision.frozen_layers + TRAINED * trained_layers) + embedding * embedding_passes
+    embedding_passes = 2 if num_frozen_layers == 0 else 1
+    return layer * (num_frozen_layers + TRAINED * trained_layers) + embedding * embedding_passes
 
 
 def resampler_forward_flops_per_image(resampler: ResamplerConfig, vision: VisionConfig, decoder_width: int) -> int:
@@ -78,11 +79,13 @@ def resampler_forward_flops_per_image(resampler: ResamplerConfig, vision: Vision
     return resampler.depth * (attention + ffn) + 2 * latents * width * decoder_width
 
 
-def training_flops(model: ModelConfig, sequence_length: int, num_tokens: int, num_images: int) -> int:
+def training_flops(
+    model: ModelConfig, sequence_length: int, num_tokens: int, num_images: int, num_frozen_vision_layers: int = 0
+) -> int:
     """Return the operations of a training step over `num_tokens` positions and `num_images` real images."""
     per_token = TRAINED * decoder_forward_flops_per_token(model.decoder, sequence_length)
     resampler = resampler_forward_flops_per_image(model.resampler, model.vision, model.decoder.width)
-    per_image = vision_flops_per_image(model.vision) + TRAINED * resampler
+    per_image = vision_flops_per_image(model.vision, num_frozen_vision_layers) + TRAINED * resampler
     return num_tokens * per_token + num_images * per_image
 
 

@@ -97,7 +97,7 @@ def test_grouped_queries_and_learned_positions_train_the_same(layout: str) -> No
     """Two query groups, one a tensor rank; a table of positions longer than the sequence; no clipping."""
     changes: dict[str, Any] = {
         "model__decoder__num_query_groups": 2,
-        "model__decoder__learned_positions": True,
+        "model__decoder__positions": "learned",
         "model__decoder__max_sequence_length": 40,
         "optimizer__clip_grad_norm": 0.0,
     }

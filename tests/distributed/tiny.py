@@ -4,11 +4,21 @@ from typing import Any
 
 import torch
 
-from megatron_kosmos.batch import MultimodalBatch
+from megatron_kosmos.batch import MultimodalBatch, row_starts
 from megatron_kosmos.config import RunConfig
 from megatron_kosmos.config.loader import parse_config
 
 LENGTH, LATENTS, SIDE, VOCAB, MICRO = 24, 3, 16, 90, 2
+
+
+def frozen_vision(num_layers: int) -> list[dict[str, Any]]:
+    """Return the parameter groups that freeze the vision tower's first layers and what is below them."""
+    if num_layers == 0:
+        return []
+    below = ["vision_tower.embeddings.*", "vision_tower.pre_layrnorm.*"]
+    layers = [f"vision_tower.encoder.layers.{number}.*" for number in range(num_layers)]
+    return [{"parameters": below + layers, "frozen": True}]
+
 
 _BASE: dict[str, Any] = {
     "run_dir": "unused",
@@ -31,12 +41,17 @@ _BASE: dict[str, Any] = {
             "num_heads": 2,
             "image_size": SIDE,
             "patch_size": 8,
-            "frozen_layers": 1,
         },
-        "resampler": {"depth": 2, "num_latents": LATENTS, "num_heads": 2, "head_size": 8},
+        "resampler": {"kind": "perceiver", "depth": 2, "num_latents": LATENTS, "num_heads": 2, "head_size": 8},
     },
     "training": {"steps": 10, "micro_batch_size": MICRO, "global_batch_size": 8, "precision": "fp32"},
-    "optimizer": {"learning_rate": 1e-2, "warmup_steps": 2, "clip_grad_norm": 0.5, "weight_decay": 0.1},
+    "optimizer": {
+        "learning_rate": 1e-2,
+        "warmup_steps": 2,
+        "clip_grad_norm": 0.5,
+        "weight_decay": 0.1,
+        "groups": frozen_vision(1),
+    },
     "data": {
         "tokenizer": "unused",
         "sequence_length": LENGTH,
@@ -89,7 +104,7 @@ def _microbatch(seed: int, letter: str) -> MultimodalBatch:
         labels=ids[:, 1:].contiguous(),
         loss_mask=mask,
         position_ids=torch.arange(LENGTH).expand(MICRO, -1).contiguous(),
-        document_ids=torch.zeros(MICRO, LENGTH, dtype=torch.int32),
+        document_starts=row_starts(MICRO, LENGTH),
         images=torch.randn(len(positions), 3, SIDE, SIDE, generator=generator),
         image_positions=torch.tensor(positions, dtype=torch.int64).view(-1, 2),
         sources=torch.tensor([(seed + row) % 3 for row in range(MICRO)]),

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from megatron_kosmos.config import DecoderConfig, ResamplerConfig
+from megatron_kosmos.config import DecoderConfig, PerceiverConfig
 
 
 def _stand_in(module_name: str, *function_names: str) -> None:
@@ -64,12 +64,12 @@ def torchscale_decoder(decoder: DecoderConfig, seed: int) -> nn.Module:
     oracle = TorchscaleDecoder(
         config,
         embed_tokens=nn.Embedding(decoder.vocab_size, width),
-        embed_positions=positions if decoder.learned_positions else None,
+        embed_positions=positions if decoder.positions == "learned" else None,
     )
     return randomized(oracle.double().eval(), seed)
 
 
-def flamingo_resampler(resampler: ResamplerConfig, width: int, seed: int) -> nn.Module:
+def flamingo_resampler(resampler: PerceiverConfig, width: int, seed: int) -> nn.Module:
     """Return flamingo-pytorch's resampler of the same sizes in fp64, no parameter of which is at a trivial value."""
     oracle = FlamingoResampler(
         dim=width,
@@ -145,7 +145,7 @@ class DecoderNames:
         """Return the renamed tensors. Every one is used."""
         left = dict(tensors)
         renamed = {"embedding.word_embeddings.weight": self._padded(left.pop("embed_tokens.weight"))}
-        if self.decoder.learned_positions:
+        if self.decoder.positions == "learned":
             rows = left.pop("embed_positions.weight")[FIRST_POSITION:]
             renamed["embedding.position_embeddings.weight"] = rows
         output = left.pop("output_projection.weight", None)

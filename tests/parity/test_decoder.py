@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_kosmos.batch import MultimodalBatch
+from megatron_kosmos.batch import MultimodalBatch, row_starts
 from megatron_kosmos.config import RunConfig
 from megatron_kosmos.engine.builder import build_chunks, derive_transformer_config
 from megatron_kosmos.model.initialization import local_part
@@ -26,8 +26,8 @@ pytestmark = [pytest.mark.parity, pytest.mark.distributed]
 LENGTH, MAX_LENGTH, BATCH = 24, 40, 3
 VARIANTS = {
     "xpos": {"xpos": True},
-    "xpos_and_positions": {"xpos": True, "learned_positions": True},
-    "positions_tied": {"xpos": False, "learned_positions": True, "tie_embeddings": True},
+    "xpos_and_positions": {"xpos": True, "positions": "learned"},
+    "positions_tied": {"xpos": False, "positions": "learned", "tie_embeddings": True},
 }
 LAYOUTS = {
     "one_rank": (1, {}),
@@ -57,7 +57,7 @@ def text_batch(vocab_size: int, image_size: int) -> MultimodalBatch:
         labels=ids[:, 1:],
         loss_mask=torch.rand(BATCH, LENGTH, generator=draw) < 0.7,
         position_ids=torch.arange(LENGTH).expand(BATCH, -1),
-        document_ids=torch.zeros(BATCH, LENGTH, dtype=torch.int32),
+        document_starts=row_starts(BATCH, LENGTH),
         images=torch.empty(0, 3, image_size, image_size),
         image_positions=torch.empty(0, 2, dtype=torch.int64),
         sources=torch.zeros(BATCH, dtype=torch.int64),

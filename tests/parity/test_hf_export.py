@@ -24,8 +24,8 @@ pytestmark = pytest.mark.parity
 VARIANTS: dict[str, dict[str, Any]] = {
     "untied": {},
     "tied": {"model__decoder__tie_embeddings": True},
-    "learned_and_xpos": {"model__decoder__learned_positions": True},
-    "learned_alone": {"model__decoder__learned_positions": True, "model__decoder__xpos": False},
+    "learned_and_xpos": {"model__decoder__positions": "learned"},
+    "learned_alone": {"model__decoder__positions": "learned", "model__decoder__xpos": False},
     "grouped": {"model__decoder__num_query_groups": 2, "model__vision__activation": "gelu"},
     "multi_query_tied_bf16": {
         "model__decoder__num_query_groups": 1,

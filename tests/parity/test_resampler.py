@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megatron_kosmos.config import ResamplerConfig
+from megatron_kosmos.config import PerceiverConfig
 from megatron_kosmos.model.resampler import PerceiverResampler
 from tests.parity.oracles import flamingo_resampler, gradients_of, resampler_names
 
@@ -11,13 +11,13 @@ pytestmark = pytest.mark.parity
 
 WIDTH = 24
 CONFIGS = [
-    ResamplerConfig(depth=2, num_latents=5, num_heads=3, head_size=8, ffn_multiplier=4),
-    ResamplerConfig(depth=1, num_latents=7, num_heads=2, head_size=16, ffn_multiplier=2),
+    PerceiverConfig(kind="perceiver", depth=2, num_latents=5, num_heads=3, head_size=8, ffn_multiplier=4),
+    PerceiverConfig(kind="perceiver", depth=1, num_latents=7, num_heads=2, head_size=16, ffn_multiplier=2),
 ]
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=["depth2", "depth1_wide_heads"])
-def test_outputs_and_gradients_are_those_of_flamingo_pytorch(config: ResamplerConfig) -> None:
+def test_outputs_and_gradients_are_those_of_flamingo_pytorch(config: PerceiverConfig) -> None:
     oracle = flamingo_resampler(config, WIDTH, seed=1)
     model = PerceiverResampler(config, WIDTH, decoder_width=10).double()
     renamed = resampler_names(oracle.state_dict())

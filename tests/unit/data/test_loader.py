@@ -61,7 +61,7 @@ def rows_of(batch: MultimodalBatch) -> list[str]:
     rows = []
     for number in range(len(batch.input_ids)):
         digest = hashlib.sha256()
-        for field in ("input_ids", "labels", "loss_mask", "position_ids", "document_ids", "sources"):
+        for field in ("input_ids", "labels", "loss_mask", "position_ids", "sources"):
             digest.update(getattr(batch, field)[number].numpy().tobytes())
         mine = batch.image_positions[:, 0] == number
         digest.update(batch.image_positions[mine, 1].numpy().tobytes() + batch.images[mine].numpy().tobytes())
@@ -77,14 +77,15 @@ def test_batches_are_as_the_contract_says(data: DataConfig, tokenizer: KosmosTok
     steps = read(data, ONE_RANK, 0, 4)
     assert [len(step) for step in steps] == [4] * 4
     for batch in (batch for step in steps for batch in step):
-        for field in ("input_ids", "labels", "loss_mask", "position_ids", "document_ids"):
+        for field in ("input_ids", "labels", "loss_mask", "position_ids"):
             assert getattr(batch, field).shape == (2, 64)
         types = {field.name: getattr(batch, field.name).dtype for field in fields(batch)}
         assert types.pop("loss_mask") == torch.bool
-        assert types.pop("document_ids") == torch.int32
+        assert types.pop("document_starts") == torch.int32
         assert types.pop("images") == torch.float32
         assert set(types.values()) == {torch.int64}
         assert batch.position_ids.tolist() == [list(range(64))] * 2
+        assert batch.document_starts.tolist() == [0, 64, 128]
         assert batch.images.shape == (len(batch.image_positions), 3, 8, 8)
         for row, column in batch.image_positions.tolist():
             assert batch.input_ids[row, column - 1] == tokenizer.image_id

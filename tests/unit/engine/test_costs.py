@@ -6,9 +6,9 @@ import pytest
 
 from megatron_kosmos.config import RunConfig
 from megatron_kosmos.engine.builder import decoder_layers_of_chunks
-from megatron_kosmos.engine.costs import forward_costs, images_per_sequence, training_costs
+from megatron_kosmos.engine.costs import forward_costs, images_per_sequence, num_frozen_vision_layers, training_costs
 from megatron_kosmos.observability.flops import decoder_forward_flops_per_token, training_flops
-from tests.distributed.tiny import LATENTS, LENGTH, tiny_run
+from tests.distributed.tiny import LATENTS, LENGTH, frozen_vision, tiny_run
 
 MIXTURE = [
     {"kind": "text", "prefix": "a", "weight": 2.0},
@@ -19,7 +19,7 @@ MIXTURE = [
 
 
 def run_with(frozen_layers: int = 1, **changes: Any) -> RunConfig:
-    return tiny_run(data__train=MIXTURE, model__vision__frozen_layers=frozen_layers, **changes)
+    return tiny_run(data__train=MIXTURE, optimizer__groups=frozen_vision(frozen_layers), **changes)
 
 
 def test_images_of_a_sequence_follow_from_the_mixture() -> None:
@@ -36,7 +36,9 @@ def test_pieces_add_up_to_the_whole_model() -> None:
         LENGTH * decoder_forward_flops_per_token(run.model.decoder, LENGTH)
     )
     # The number of images need not be whole, so the step is taken as one of a thousand sequences.
-    step = training_flops(run.model, LENGTH, 1000 * LENGTH, round(1000 * images_per_sequence(run)))
+    step = training_flops(
+        run.model, LENGTH, 1000 * LENGTH, round(1000 * images_per_sequence(run)), num_frozen_vision_layers(run)
+    )
     pieces = layers * training.layer + training.output + training.vision_side
     assert 1000 * pieces == pytest.approx(step, rel=1e-3)
 

@@ -110,7 +110,7 @@ def what_a_rank_builds(run: RunConfig) -> tuple[int, int, int, RankMemory]:
     [
         (4, TP2_PP2),
         (4, TP2_PP2 | {"model__decoder__tie_embeddings": True, "training__precision": "bf16"}),
-        (4, PP2_VPP2 | {"model__decoder__learned_positions": True}),
+        (4, PP2_VPP2 | {"model__decoder__positions": "learned"}),
         (2, {"parallel__zero_stage": 3}),
     ],
 )

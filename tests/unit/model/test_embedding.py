@@ -72,9 +72,9 @@ def embed_mixed_batch(run: RunConfig) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("learned_positions", [False, True])
-def test_positions_are_added_to_images_too(learned_positions: bool) -> None:
-    run = tiny_run(model__decoder__learned_positions=learned_positions)
+@pytest.mark.parametrize("positions", ["none", "learned"])
+def test_positions_are_added_to_images_too(positions: str) -> None:
+    run = tiny_run(model__decoder__positions=positions)
     hidden, parts, _ = run_ranks(embed_mixed_batch, 1, run)[0]
     torch.testing.assert_close(hidden, parts, atol=0.0, rtol=0.0)
 

@@ -28,7 +28,7 @@ WIDE = {
     "model__decoder__num_layers": LAYERS,
     "model__decoder__num_heads": HEADS,
     "model__decoder__num_query_groups": GROUPS,
-    "model__decoder__learned_positions": True,
+    "model__decoder__positions": "learned",
     "model__vision__width": E,
     "model__vision__ffn_width": 256,
     "model__resampler__query_key_gain": 3.0,

@@ -9,7 +9,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 from transformers.models.kosmos2.configuration_kosmos2 import Kosmos2TextConfig
 from transformers.models.kosmos2.modeling_kosmos2 import Kosmos2TextForCausalLM
 
-from megatron_kosmos.config import DecoderConfig, ModelConfig, ResamplerConfig, VisionConfig
+from megatron_kosmos.config import DecoderConfig, ModelConfig, PerceiverConfig, VisionConfig
 from megatron_kosmos.observability.flops import (
     TRAINED,
     decoder_forward_flops_per_token,
@@ -24,7 +24,7 @@ DECODER = DecoderConfig(
     num_layers=2, width=64, ffn_width=192, num_heads=4, vocab_size=500, max_sequence_length=48, attention_dropout=0.0
 )
 VISION = VisionConfig(width=32, ffn_width=96, num_layers=3, num_heads=4, image_size=32, patch_size=8)
-RESAMPLER = ResamplerConfig(depth=2, num_latents=6, num_heads=4, head_size=8)
+RESAMPLER = PerceiverConfig(kind="perceiver", depth=2, num_latents=6, num_heads=4, head_size=8)
 MODEL = ModelConfig(decoder=DECODER, vision=VISION, resampler=RESAMPLER)
 
 
@@ -85,8 +85,9 @@ def test_vision_tower_costs_what_torch_counts_whatever_is_frozen(frozen_layers: 
         if patches.requires_grad:
             patches.sum().backward()
 
-    vision = VISION.model_copy(update={"frozen_layers": frozen_layers})
-    assert num_images * vision_flops_per_image(vision) == pytest.approx(counter.get_total_flops(), rel=1e-9)
+    assert num_images * vision_flops_per_image(VISION, frozen_layers) == pytest.approx(
+        counter.get_total_flops(), rel=1e-9
+    )
 
 
 def test_resampler_costs_what_torch_counts() -> None:
@@ -110,7 +111,7 @@ def test_resampler_costs_what_torch_counts() -> None:
 def test_a_step_is_the_sum_of_its_tokens_and_images() -> None:
     text_only = training_flops(MODEL, sequence_length=48, num_tokens=96, num_images=0)
     assert text_only == 96 * 3 * decoder_forward_flops_per_token(DECODER, 48)
-    per_image = vision_flops_per_image(VISION) + 3 * resampler_forward_flops_per_image(RESAMPLER, VISION, 64)
+    per_image = vision_flops_per_image(VISION, 0) + 3 * resampler_forward_flops_per_image(RESAMPLER, VISION, 64)
     assert training_flops(MODEL, 48, 96, 5) == text_only + 5 * per_image
 
 

@@ -12,7 +12,7 @@ from megatron_kosmos.model.names import named_parameters
 from megatron_kosmos.optim.groups import is_decayed, parameter_groups
 from megatron_kosmos.parallel.topology import build_topology
 from tests.distributed.harness import run_ranks
-from tests.distributed.tiny import tiny_run
+from tests.distributed.tiny import frozen_vision, tiny_run
 
 DECAY = 0.1
 
@@ -54,7 +54,7 @@ def groups_of_model(run: RunConfig) -> tuple[dict[str, bool], dict[float, list[s
 @pytest.mark.distributed
 @pytest.mark.parametrize("frozen_layers", [0, 2, 3])
 def test_every_trained_parameter_of_the_model_is_in_the_group_that_fits(frozen_layers: int) -> None:
-    run = tiny_run(model__decoder__learned_positions=True, model__vision__frozen_layers=frozen_layers)
+    run = tiny_run(model__decoder__positions="learned", optimizer__groups=frozen_vision(frozen_layers))
     is_trained, groups = run_ranks(groups_of_model, 1, run)[0]
     assert sorted(groups) == [0.0, DECAY]
     assert sorted(groups[0.0] + groups[DECAY]) == sorted(name for name, trained in is_trained.items() if trained)
