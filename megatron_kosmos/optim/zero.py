@@ -22,8 +22,9 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_
 
 from megatron_kosmos.config import RunConfig
+from megatron_kosmos.optim.adamw import build_adamw
 from megatron_kosmos.optim.finalization import finalize_gradients, sum_gradients_while_they_arise, sum_tied_embedding
-from megatron_kosmos.optim.groups import parameter_groups
+from megatron_kosmos.optim.groups import LEARNING_RATE_SCALE, parameter_groups
 from megatron_kosmos.optim.mpu import ModelParallelUnit
 from megatron_kosmos.optim.schedule import learning_rate
 from megatron_kosmos.optim.state import OptimizerState
@@ -51,13 +52,8 @@ class ZeroOptimizer:
         module = chunks[0] if len(chunks) == 1 else nn.ModuleList(chunks)
         if self.stage >= 2:
             sum_gradients_while_they_arise(self.parameters, topology)
-        self.adamw = torch.optim.AdamW(
-            parameter_groups(((name, parameter) for parameter, name in names.items()), run.optimizer.weight_decay),
-            lr=run.optimizer.learning_rate,
-            betas=run.optimizer.betas,
-            eps=run.optimizer.epsilon,
-            fused=True,
-        )
+        groups = parameter_groups(((name, parameter) for parameter, name in names.items()), run.optimizer)
+        self.adamw = build_adamw(groups, run.optimizer)
         _quiet_deepspeed()
         with redirect_stdout(io.StringIO()):  # DeepSpeed's bf16 optimizer prints reports of its memory
             self.engine, self.optimizer, _, _ = deepspeed.initialize(
@@ -95,10 +91,13 @@ class ZeroOptimizer:
             sum_tied_embedding(self.tied_weight, self.gradient_of, group)
 
     def step(self, step: int) -> tuple[float, float]:
-        """Reduce, clip and update the weights; return (gradient norm before clipping, learning rate)."""
+        """Reduce, clip and update the weights; return (gradient norm before clipping, learning rate).
+
+        The learning rate is the schedule's; a group's is that times its scale.
+        """
         rate = learning_rate(self.run.optimizer, step, self.run.training.steps)
         for group in self.adamw.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group[LEARNING_RATE_SCALE]
         self.engine.step()
         norm = float(self.engine.get_global_grad_norm())
         return math.nan if norm < 0 else norm, rate  # DeepSpeed writes -1 for what is not finite
