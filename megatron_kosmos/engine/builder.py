@@ -71,7 +71,13 @@ def decoder_layers_of_chunks(run: RunConfig) -> tuple[int, ...]:
         return run.parallel.chunk_layers
     costs = training_costs(run)
     ends = costs.vision_side / costs.layer, costs.output / costs.layer
-    return balance_layers(run.model.decoder.num_layers, run.parallel.num_chunks, *ends)
+    parallel = run.parallel
+    return balance_layers(
+        run.model.decoder.num_layers,
+        parallel.pipeline_parallel_size,
+        parallel.virtual_pipeline_parallel_size,
+        *ends,
+    )
 
 
 def _tied_weight(names: dict[nn.Parameter, str]) -> nn.Parameter | None:

@@ -23,20 +23,25 @@ class Chunk:
     """Holds the final LayerNorm, the output projection and the loss."""
 
 
-def balance_layers(num_layers: int, num_chunks: int, first_cost: float, last_cost: float) -> tuple[int, ...]:
-    """Cut `num_layers` into `num_chunks` parts of at least one layer so that the dearest part is cheapest.
+def balance_layers(
+    num_layers: int, pp_size: int, virtual_size: int, first_cost: float, last_cost: float
+) -> tuple[int, ...]:
+    """Cut `num_layers` into `pp_size` x `virtual_size` chunks of at least one layer, listed in model order.
 
-    Costs are in layers: `first_cost` comes on top of the first part's layers, `last_cost` on top of the last one's.
-    Among equals, earlier parts get the smaller share, since the first stages hold the most activations in flight.
+    The dearest stage is as cheap as it can be, and in each stage its dearest chunk is. Costs are in layers: `first_cost`
+    comes on top of the first chunk's layers, `last_cost` on top of the last one's. Among equals, earlier ones get the
+    smaller share, since the first stages hold the most activations in flight.
     """
-    extra = [0.0] * num_chunks
-    extra[0] += first_cost
-    extra[-1] += last_cost
-    layers = [1] * num_chunks
-    for _ in range(num_layers - num_chunks):
+    loads = [1.0] * (pp_size * virtual_size)
+    loads[0] += first_cost
+    loads[-1] += last_cost
+    layers = [1] * len(loads)
+    for _ in range(num_layers - len(loads)):
         # Greedy is optimal here: parts are equal but for a constant, and the maximum grows by single layers.
-        cheapest = min(range(num_chunks), key=lambda chunk: (layers[chunk] + extra[chunk], -chunk))
-        layers[cheapest] += 1
+        stage = min(range(pp_size), key=lambda rank: (sum(loads[rank::pp_size]), -rank))
+        chunk = min(range(stage, len(loads), pp_size), key=lambda index: (loads[index], -index))
+        loads[chunk] += 1
+        layers[chunk] += 1
     return tuple(layers)
 
 

@@ -27,13 +27,26 @@ def loads(cut: tuple[int, ...], first_cost: float, last_cost: float) -> list[flo
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.integers(1, 5), st.integers(0, 8), COSTS, COSTS)
-def test_no_cut_has_a_cheaper_dearest_part(num_chunks: int, spare: int, first_cost: float, last_cost: float) -> None:
+@given(st.sampled_from([(1, 1), (2, 1), (3, 1), (4, 1), (2, 2), (2, 3), (3, 2)]), st.integers(0, 6), COSTS, COSTS)
+def test_no_cut_has_a_cheaper_dearest_stage(
+    sizes: tuple[int, int], spare: int, first_cost: float, last_cost: float
+) -> None:
+    pp_size, num_chunks = sizes[0], sizes[0] * sizes[1]
     cuts = all_cuts(num_chunks + spare, num_chunks)
-    chosen = balance_layers(num_chunks + spare, num_chunks, first_cost, last_cost)
+    chosen = balance_layers(num_chunks + spare, *sizes, first_cost, last_cost)
     assert chosen in cuts
-    best = min(max(loads(cut, first_cost, last_cost)) for cut in cuts)
-    assert max(loads(chosen, first_cost, last_cost)) == pytest.approx(best, abs=1e-9)
+
+    def dearest_stage(cut: tuple[int, ...]) -> float:
+        return max(sum(loads(cut, first_cost, last_cost)[rank::pp_size]) for rank in range(pp_size))
+
+    def dearest_chunks(cut: tuple[int, ...]) -> list[float]:
+        return [max(loads(cut, first_cost, last_cost)[rank::pp_size]) for rank in range(pp_size)]
+
+    assert dearest_stage(chosen) == pytest.approx(min(map(dearest_stage, cuts)), abs=1e-9)
+    layers_of_stages = [sum(chosen[rank::pp_size]) for rank in range(pp_size)]
+    alike = [cut for cut in cuts if [sum(cut[rank::pp_size]) for rank in range(pp_size)] == layers_of_stages]
+    for rank, dearest in enumerate(dearest_chunks(chosen)):
+        assert dearest == pytest.approx(min(dearest_chunks(cut)[rank] for cut in alike), abs=1e-9)
 
 
 @settings(max_examples=100, deadline=None)
@@ -41,27 +54,30 @@ def test_no_cut_has_a_cheaper_dearest_part(num_chunks: int, spare: int, first_co
 def test_parts_in_the_middle_differ_by_one_layer_and_the_earlier_is_smaller(
     num_chunks: int, spare: int, first_cost: float, last_cost: float
 ) -> None:
-    middle = balance_layers(num_chunks + spare, num_chunks, first_cost, last_cost)[1:-1]
+    middle = balance_layers(num_chunks + spare, num_chunks, 1, first_cost, last_cost)[1:-1]
     assert list(middle) == sorted(middle)
     assert middle[-1] - middle[0] <= 1
 
 
 @pytest.mark.parametrize(
-    "num_layers, num_chunks, first_cost, last_cost, expected",
+    "num_layers, sizes, first_cost, last_cost, expected",
     [
-        (24, 1, 6.0, 2.4, (24,)),
-        (24, 4, 0.0, 0.0, (6, 6, 6, 6)),
-        (7, 3, 0.0, 0.0, (2, 2, 3)),
-        (8, 3, 0.0, 0.0, (2, 3, 3)),
-        (24, 2, 2.0, 2.0, (12, 12)),
-        (24, 2, 6.0, 0.0, (9, 15)),
-        (24, 2, 0.0, 6.0, (15, 9)),
-        (3, 2, 1.0, 1.0, (1, 2)),  # a tie: the later part gets the layer
-        (5, 4, 100.0, 100.0, (1, 1, 2, 1)),  # no part is empty, however dear its end
+        (24, (1, 1), 6.0, 2.4, (24,)),
+        (24, (4, 1), 0.0, 0.0, (6, 6, 6, 6)),
+        (7, (3, 1), 0.0, 0.0, (2, 2, 3)),
+        (8, (3, 1), 0.0, 0.0, (2, 3, 3)),
+        (24, (2, 1), 2.0, 2.0, (12, 12)),
+        (24, (2, 1), 6.0, 0.0, (9, 15)),
+        (24, (2, 1), 0.0, 6.0, (15, 9)),
+        (3, (2, 1), 1.0, 1.0, (1, 2)),  # a tie: the later part gets the layer
+        (5, (4, 1), 100.0, 100.0, (1, 1, 2, 1)),  # no part is empty, however dear its end
+        (24, (2, 2), 2.0, 0.0, (4, 6, 7, 7)),  # 13 each with the first stage's 2, not chunks of 6 or 7 with 14 to 12
     ],
 )
-def test_cuts(num_layers: int, num_chunks: int, first_cost: float, last_cost: float, expected: tuple[int, ...]) -> None:
-    assert balance_layers(num_layers, num_chunks, first_cost, last_cost) == expected
+def test_cuts(
+    num_layers: int, sizes: tuple[int, int], first_cost: float, last_cost: float, expected: tuple[int, ...]
+) -> None:
+    assert balance_layers(num_layers, *sizes, first_cost, last_cost) == expected
 
 
 def test_stages_take_turns_over_the_chunks() -> None:
