@@ -2,7 +2,10 @@
 
 One seed gives the same weights under every layout. Formulas: torchscale 0.3.0 for the decoder (its linear layers keep
 torch's default, U(±1/√fan_in), and values, output projections and FFN are multiplied by √(ln 2L), arXiv 2210.06423
-section 3.3), transformers' CLIP for the vision tower, flamingo-pytorch for the resampler.
+section 3.3), transformers' CLIP for the vision tower, flamingo-pytorch for the perceiver resampler, and for the
+cross-attention one KOSMOS-2's release (microsoft/unilm, kosmos-2/unilm/models/connector.py: a linear layer as torch
+makes it, N(0, 1) latents, fairseq's MultiheadAttention). Embeddings are N(0, 1/D) as fairseq's and the release's; where
+`scale_embeddings` multiplies them by √D, the decoder so starts from N(0, 1).
 """
 
 import math
@@ -12,7 +15,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from megatron_kosmos.config import DecoderConfig, ModelConfig, VisionConfig
+from megatron_kosmos.config import CrossAttentionConfig, DecoderConfig, ModelConfig, VisionConfig
 from megatron_kosmos.model.kosmos import KosmosModel
 from megatron_kosmos.model.names import NamedParameter, named_parameters
 from megatron_kosmos.model.pretrained_vision import pretrained_vision
@@ -65,11 +68,7 @@ def _rules(model: ModelConfig) -> list[tuple[str, Initializer]]:
         (r".*(norm|layernorm|layrnorm|layer_norm\d)\.bias", _constant(0.0)),
         *_decoder_rules(model.decoder),
         *_vision_rules(model.vision),
-        (r"resampler\.(latents|frame_embedding)", _normal(1.0)),
-        (r"resampler\.layers\.\d+\.attention\.to_q\.weight", _uniform(model.resampler.query_key_gain)),
-        (r"resampler\.layers\.\d+\.attention\.to_kv\.weight", _uniform_kv(model.resampler.query_key_gain)),
-        (r"resampler\.projection\.weight", _normal(model.decoder.width**-0.5)),
-        (r"resampler\..*\.weight", _uniform(1.0)),
+        *_resampler_rules(model),
     ]
 
 
@@ -100,6 +99,27 @@ def _vision_rules(vision: VisionConfig) -> list[tuple[str, Initializer]]:
         (layer + r"mlp\.fc1\.weight", _normal((2 * vision.width) ** -0.5)),
         (layer + r"mlp\.fc2\.weight", _normal(narrow)),
         (layer + r".*\.bias", _constant(0.0)),
+    ]
+
+
+def _resampler_rules(model: ModelConfig) -> list[tuple[str, Initializer]]:
+    resampler, width = model.resampler, model.decoder.width
+    if isinstance(resampler, CrossAttentionConfig):
+        return [
+            (r"resampler\.latents", _normal(1.0)),
+            (r"resampler\.projection\.(weight|bias)", _uniform(1.0, model.vision.width)),
+            # Xavier's bound of a square matrix, √(6 / 2D), times fairseq's gain for q, k and v, 1/√2.
+            (r"resampler\.attention\.[qkv]_proj\.weight", _uniform(math.sqrt(3 / 2), width)),
+            (r"resampler\.attention\.out_proj\.weight", _uniform(math.sqrt(3), width)),
+            (r"resampler\.attention\.[qkv]_proj\.bias", _uniform(1.0, width)),  # fairseq leaves torch's
+            (r"resampler\.attention\.out_proj\.bias", _constant(0.0)),
+        ]
+    return [
+        (r"resampler\.(latents|frame_embedding)", _normal(1.0)),
+        (r"resampler\.layers\.\d+\.attention\.to_q\.weight", _uniform(resampler.query_key_gain)),
+        (r"resampler\.layers\.\d+\.attention\.to_kv\.weight", _uniform_kv(resampler.query_key_gain)),
+        (r"resampler\.projection\.weight", _normal(width**-0.5)),
+        (r"resampler\..*\.weight", _uniform(1.0)),
     ]
 
 

@@ -16,7 +16,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from megatron_kosmos.batch import MultimodalBatch
-from megatron_kosmos.config import ModelConfig
+from megatron_kosmos.config import CrossAttentionConfig, ModelConfig
+from megatron_kosmos.model.cross_attention import CrossAttentionResampler
 from megatron_kosmos.model.embedding import SplicedEmbedding
 from megatron_kosmos.model.loss import mask_padded_vocabulary, token_losses
 from megatron_kosmos.model.magneto import decoder_submodules
@@ -44,9 +45,7 @@ class KosmosModel(MegatronModule):
         tied = model.decoder.tie_embeddings
         if chunk.is_first:
             self.vision_tower = VisionTower(model.vision).to(config.params_dtype)
-            self.resampler = PerceiverResampler(model.resampler, model.vision.width, model.decoder.width).to(
-                config.params_dtype
-            )
+            self.resampler = _resampler(model).to(config.params_dtype)
             for parameter in (*self.vision_tower.parameters(), *self.resampler.parameters()):
                 parameter.sees_image_shard = True
             self.embedding = SplicedEmbedding(model.decoder, config)
@@ -114,6 +113,14 @@ class KosmosModel(MegatronModule):
         weight = self.embedding.word_embeddings.weight if shares_embedding else None
         logits_TBV, _ = self.output_layer(hidden_TBD, weight=weight)
         return mask_padded_vocabulary(logits_TBV, decoder.vocab_size, self.topology.tp_rank)
+
+
+def _resampler(model: ModelConfig) -> nn.Module:
+    """Return the configured kind of resampler, from features [I, P, E] to image embeddings [I, L, D]."""
+    config, widths = model.resampler, (model.vision.width, model.decoder.width)
+    if isinstance(config, CrossAttentionConfig):
+        return CrossAttentionResampler(config, *widths)
+    return PerceiverResampler(config, *widths)
 
 
 def _mark_shards(model: nn.Module) -> None:

@@ -3,6 +3,7 @@
 Shape letters: I images, S image side, P patches (class token included), E vision width.
 """
 
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
@@ -10,21 +11,26 @@ from megatron_kosmos.config import VisionConfig
 
 
 class VisionTower(CLIPVisionModel):
-    """CLIP's vision transformer up to its last layer's output, without pooling and post-LayerNorm.
+    """CLIP's vision transformer without pooling: its last layer's output, or with `features: normalized` that after
+    the post-LayerNorm and divided by its L2 norm, of every token (KOSMOS-2, transformers' Kosmos2Model).
 
     Layers below the lowest trained weight build no graph, since images need no gradient.
-    `post_layernorm` takes no part; it stays, untrained, so that weights can be exchanged with transformers.
+    With `features: hidden` `post_layernorm` takes no part; it stays, untrained, so that weights can be exchanged with
+    transformers.
     """
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__(clip_config(config))
-        self.post_layernorm.requires_grad_(False)
+        self.normalizes_features = config.features == "normalized"
+        self.post_layernorm.requires_grad_(self.normalizes_features)
 
     def forward(self, images_I3SS: Tensor) -> Tensor:
         """Return the patch features [I, P, E] of normalized images [I, 3, S, S]."""
         hidden = self.pre_layrnorm(self.embeddings(images_I3SS))
         for layer in self.encoder.layers:
             hidden = layer(hidden, attention_mask=None)
+        if self.normalizes_features:
+            hidden = F.normalize(self.post_layernorm(hidden), dim=-1)
         return hidden
 
 

@@ -3,10 +3,11 @@
 import pytest
 import torch
 from torch import Tensor
+from transformers.models.kosmos2.modeling_kosmos2 import Kosmos2TextSinusoidalPositionalEmbedding
 
 from megatron_kosmos.config import RunConfig
 from megatron_kosmos.engine.builder import build_chunks, derive_transformer_config
-from megatron_kosmos.model.embedding import splice
+from megatron_kosmos.model.embedding import SinusoidalPositions, splice
 from megatron_kosmos.model.initialization import initialize
 from megatron_kosmos.parallel.topology import build_topology
 from tests.distributed.harness import run_ranks
@@ -52,6 +53,21 @@ def test_without_images_nothing_changes_and_the_blank_image_gets_zeros() -> None
     assert torch.equal(images.grad, torch.zeros_like(images))
 
 
+@pytest.mark.parametrize("width", [4, 32, 2048])
+def test_sinusoids_are_kosmos_2_s(width: int) -> None:
+    """Bit for bit: transformers derives position ids from tokens, of which none is padding here."""
+    reference = Kosmos2TextSinusoidalPositionalEmbedding(64, width, padding_idx=1)
+    expected = reference(input_ids=torch.full((2, 50), 7))
+    assert torch.equal(SinusoidalPositions(64, width)(torch.arange(50).expand(2, -1)), expected)
+
+
+def test_sinusoids_follow_positions_that_restart() -> None:
+    position_ids = torch.tensor([[0, 1, 2, 0, 1]])
+    rows = SinusoidalPositions(8, 16)(position_ids)
+    assert torch.equal(rows[0, :2], rows[0, 3:])
+    assert not torch.equal(rows[0, 2], rows[0, 3])
+
+
 def embed_mixed_batch(run: RunConfig) -> tuple[Tensor, Tensor, Tensor]:
     """Return what the model's embedding gives, what it is made of, and the gradient of the word embeddings."""
     topology = build_topology(run.parallel, torch.device("cpu"))
@@ -63,8 +79,12 @@ def embed_mixed_batch(run: RunConfig) -> tuple[Tensor, Tensor, Tensor]:
     parts = chunk.embedding.word_embeddings.weight[batch.input_ids].clone()
     for (row, column), image in zip(batch.image_positions.tolist(), images, strict=True):
         parts[row, column : column + LATENTS] = image
-    if chunk.embedding.position_embeddings is not None:
-        parts = parts + chunk.embedding.position_embeddings.weight[:LENGTH]
+    if run.model.decoder.scale_embeddings:
+        parts = parts * run.model.decoder.width**0.5
+    if run.model.decoder.positions == "learned":
+        parts = parts + chunk.get_parameter("embedding.position_embeddings.weight")[:LENGTH]
+    if run.model.decoder.positions == "sinusoidal":
+        parts = parts + chunk.get_buffer("embedding.position_embeddings.table")[:LENGTH]
     hidden_TBD.sum().backward()
     gradient = chunk.embedding.word_embeddings.weight.grad
     assert gradient is not None
@@ -72,9 +92,10 @@ def embed_mixed_batch(run: RunConfig) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("positions", ["none", "learned"])
-def test_positions_are_added_to_images_too(positions: str) -> None:
-    run = tiny_run(model__decoder__positions=positions)
+@pytest.mark.parametrize("scaled", [False, True], ids=["unscaled", "scaled"])
+@pytest.mark.parametrize("positions", ["none", "learned", "sinusoidal"])
+def test_images_are_scaled_and_get_positions_as_tokens_do(positions: str, scaled: bool) -> None:
+    run = tiny_run(model__decoder__positions=positions, model__decoder__scale_embeddings=scaled)
     hidden, parts, _ = run_ranks(embed_mixed_batch, 1, run)[0]
     torch.testing.assert_close(hidden, parts, atol=0.0, rtol=0.0)
 

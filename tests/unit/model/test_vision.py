@@ -4,6 +4,7 @@ from typing import Literal
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import CLIPVisionModel
 
@@ -13,7 +14,9 @@ from megatron_kosmos.model.vision import VisionTower, clip_config
 LAYERS = 3
 
 
-def config(activation: Literal["quick_gelu", "gelu"] = "quick_gelu") -> VisionConfig:
+def config(
+    activation: Literal["quick_gelu", "gelu"] = "quick_gelu", features: Literal["hidden", "normalized"] = "hidden"
+) -> VisionConfig:
     return VisionConfig(
         width=16,
         ffn_width=40,
@@ -22,6 +25,7 @@ def config(activation: Literal["quick_gelu", "gelu"] = "quick_gelu") -> VisionCo
         image_size=24,
         patch_size=8,
         activation=activation,
+        features=features,
     )
 
 
@@ -68,6 +72,27 @@ def test_post_layernorm_takes_no_part() -> None:
     before.sum().backward()
     assert not tower.post_layernorm.weight.requires_grad
     assert tower.post_layernorm.weight.grad is None
+
+
+def kosmos2_features(reference: CLIPVisionModel) -> Tensor:
+    """Return what transformers' Kosmos2Model hands to its projection: every token's, of length one."""
+    return F.normalize(reference.post_layernorm(reference(pictures()).last_hidden_state), dim=-1)
+
+
+@pytest.mark.parametrize("frozen_layers", [0, LAYERS])
+def test_normalized_features_train_post_layernorm(frozen_layers: int) -> None:
+    tower, reference = towers(config(features="normalized"), frozen_layers)
+    features, expected = tower(pictures()), kosmos2_features(reference)
+    torch.testing.assert_close(features, expected, atol=1e-6, rtol=1e-6)
+    weight = torch.randn(features.shape, generator=torch.Generator().manual_seed(3))
+    (features * weight).sum().backward()
+    (expected * weight).sum().backward()
+    theirs = dict(reference.named_parameters())
+    trained = {name for name, parameter in tower.named_parameters() if parameter.grad is not None}
+    assert {"post_layernorm.weight", "post_layernorm.bias"} <= trained
+    assert len(trained) == (2 if frozen_layers else len(theirs))
+    for name in trained:
+        torch.testing.assert_close(tower.get_parameter(name).grad, theirs[name].grad, atol=1e-5, rtol=1e-5, msg=name)
 
 
 @pytest.mark.parametrize("frozen_layers", range(1, LAYERS + 1))
