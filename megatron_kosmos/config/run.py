@@ -87,6 +87,13 @@ class RunConfig(StrictModel):
                 f"model.decoder.num_query_groups={groups} and parallel.tensor_parallel_size="
                 f"{parallel.tensor_parallel_size}: one must be a multiple of the other"
             )
+        rows = (decoder.num_heads + 2 * groups) * decoder.head_size
+        if rows % parallel.tensor_parallel_size:
+            raise ValueError(
+                f"model.decoder: the {rows} rows of queries, keys and values, (num_heads={decoder.num_heads} + 2 x "
+                f"num_query_groups={groups}) x head size {decoder.head_size}, are not a multiple of "
+                f"parallel.tensor_parallel_size={parallel.tensor_parallel_size}; change num_query_groups or width"
+            )
         if self.data.sequence_length > decoder.max_sequence_length:
             raise ValueError(
                 f"data.sequence_length={self.data.sequence_length} exceeds "

@@ -35,6 +35,20 @@ class ReplicatedLayerNorm(nn.LayerNorm):
             parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
 
+class HeadLayerNorm(nn.LayerNorm):
+    """LayerNorm of queries or keys over the head (arXiv 2302.05442, section 2), alike for every head of a layer.
+
+    Each tensor rank normalizes the heads that it attends with, over all tokens. Where ranks share a key head, each
+    gets the part of its gradient that comes from its own queries. So the gradient is in every case the plain sum over
+    the tensor ranks, under sequence parallelism too.
+    """
+
+    def __init__(self, hidden_size: int, config: TransformerConfig, eps: float) -> None:
+        super().__init__(hidden_size, eps, dtype=config.params_dtype)
+        for parameter in self.parameters():
+            parameter.sees_head_shard = True  # type: ignore[attr-defined]
+
+
 class BiasedColumnParallelLinear(ColumnParallelLinear):
     """A column-parallel projection that adds its bias itself (a bias handed on would be gone under ZeRO 3)."""
 
@@ -100,6 +114,8 @@ def decoder_submodules(decoder: DecoderConfig, num_layers: int) -> TransformerBl
                     linear_qkv=ColumnParallelLinear,
                     core_attention=partial(CausalAttention, xpos=xpos),
                     linear_proj=SubLNRowParallelLinear,
+                    q_layernorm=HeadLayerNorm if decoder.query_key_norm else None,
+                    k_layernorm=HeadLayerNorm if decoder.query_key_norm else None,
                 ),
             ),
             self_attn_bda=get_bias_dropout_add,

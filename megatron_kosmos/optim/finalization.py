@@ -1,11 +1,12 @@
 """What must happen to gradients between the schedule's last backward pass and the optimizer step.
 
-Four classes of parameters have gradients that are not whole where the schedule leaves them:
+Five classes of parameters have gradients that are not whole where the schedule leaves them:
 
 1. under sequence parallelism, replicated ones that saw a rank's share of the tokens: sum over the tensor ranks;
 2. tied embeddings, whose two copies stand on the first and the last stage: sum over the two;
 3. the vision side, of which each tensor rank saw its share of the images: sum over the tensor ranks;
-4. the sub-LN's weights, cut like the width they normalize: nothing to sum, but marked so that norms count every shard.
+4. the norms of queries and keys, of which each tensor rank saw its share of the heads: sum over the tensor ranks;
+5. the sub-LN's weights, cut like the width they normalize: nothing to sum, but marked so that norms count every shard.
 """
 
 from collections.abc import Callable, Iterable
@@ -18,14 +19,17 @@ from megatron_kosmos.parallel.topology import Topology
 
 GradientOf = Callable[[nn.Parameter], Tensor | None]
 
+_MARKS_OF_PARTS = ("sequence_parallel", "sees_image_shard", "sees_head_shard")
+"""What the model sets on parameters; one that bears several is still summed once."""
+
 
 def needs_tensor_parallel_sum(parameter: nn.Parameter) -> bool:
-    """Whether each tensor rank holds a part of the sum that is this parameter's gradient (classes 1 and 3)."""
-    return bool(getattr(parameter, "sequence_parallel", False) or getattr(parameter, "sees_image_shard", False))
+    """Whether each tensor rank holds a part of the sum that is this parameter's gradient (classes 1, 3 and 4)."""
+    return any(getattr(parameter, mark, False) for mark in _MARKS_OF_PARTS)
 
 
 def finalize_gradients(parameters: Iterable[nn.Parameter], gradient_of: GradientOf, topology: Topology) -> None:
-    """Sum the gradients of classes 1 and 3, in place. All-reduce over the tensor group."""
+    """Sum the gradients of classes 1, 3 and 4, in place. All-reduce over the tensor group."""
     if topology.tp_size == 1:
         return
     gradients = [
