@@ -12,7 +12,11 @@ if TYPE_CHECKING:
     from megatron_kosmos.data.tokenizer import KosmosTokenizer
 
 Newlines = Annotated[
-    Literal["line", "collapse"], typer.Option(help="Write a newline as the token </line>, or make it a space.")
+    Literal["auto", "line", "collapse", "keep"],
+    typer.Option(
+        help="Write a newline as the token </line>, make it a space, or keep it as byte-level models do; auto keeps it "
+        "there, and otherwise writes </line> when training and a space when importing."
+    ),
 ]
 Output = Annotated[Path, typer.Option(help="Folder to write.")]
 
@@ -34,15 +38,19 @@ def train(  # noqa: PLR0913 - a command's parameters are its options
     more_inputs: Annotated[
         list[Path] | None, typer.Argument(help="More inputs, so that `--input *.txt` works.")
     ] = None,
-    model_type: Annotated[Literal["unigram", "bpe"], typer.Option(help="Kind of sentencepiece model.")] = "unigram",
-    newlines: Newlines = "line",
+    model_type: Annotated[
+        Literal["unigram", "bpe", "byte-bpe"],
+        typer.Option(help="Kind of model: sentencepiece's, or byte-level BPE as GPT-2's."),
+    ] = "unigram",
+    newlines: Newlines = "auto",
     threads: Annotated[int, typer.Option(min=1, help="Threads; another number may choose other pieces.")] = 16,
 ) -> None:
-    """Train a sentencepiece tokenizer on text, with the special tokens at ids 0 to 6."""
+    """Train a tokenizer on text, with the special tokens at ids 0 to 6."""
     from megatron_kosmos.data.documents import read_texts
     from megatron_kosmos.data.tokenizer_making import TrainingSettings, train_tokenizer
 
-    settings = TrainingSettings(vocab_size, model_type=model_type, newlines=newlines, num_threads=threads)
+    policy = None if newlines == "auto" else newlines
+    settings = TrainingSettings(vocab_size, model_type=model_type, newlines=policy, num_threads=threads)
     with _told_plainly():
         texts = (text for file in (*inputs, *(more_inputs or ())) for text in read_texts(file))
         tokenizer = train_tokenizer(texts, settings)
@@ -51,22 +59,25 @@ def train(  # noqa: PLR0913 - a command's parameters are its options
 
 
 def import_(
-    model: Annotated[Path, typer.Argument(help="A sentencepiece .model, or a Hugging Face folder with one.")],
+    model: Annotated[
+        Path, typer.Argument(help="A sentencepiece .model, a tokenizer.json, or a Hugging Face folder with one.")
+    ],
     output: Output,
-    newlines: Newlines = "collapse",
+    newlines: Newlines = "auto",
     bos_is_eos: Annotated[
-        bool, typer.Option("--bos-is-eos", help="Begin documents with </s>, if the model has no <s> (T5).")
+        bool, typer.Option("--bos-is-eos", help="Begin documents with </s>, if the model has no <s> (T5, Falcon).")
     ] = False,
     numbering: Annotated[
         Literal["auto", "plain", "fairseq"],
         typer.Option(help="Ids: as in the model, or XLM-R's; auto goes by the name sentencepiece.bpe.model."),
     ] = "auto",
 ) -> None:
-    """Take over a T5, XLM-R or other sentencepiece model and add the special tokens that it lacks."""
+    """Take over a T5, XLM-R, Falcon, GPT-2 or other model and add the special tokens that it lacks."""
     from megatron_kosmos.data.tokenizer_making import import_tokenizer
 
     with _told_plainly():
-        tokenizer = import_tokenizer(model, newlines, bos_is_eos, None if numbering == "auto" else numbering)
+        policy = None if newlines == "auto" else newlines
+        tokenizer = import_tokenizer(model, policy, bos_is_eos, None if numbering == "auto" else numbering)
         tokenizer.save(output)
     _describe(tokenizer, output)
 

@@ -1,4 +1,4 @@
-"""Making tokenizers: training one on text, or importing a T5, XLM-R or other sentencepiece model.
+"""Making tokenizers: training one on text, or importing a T5, XLM-R, Falcon or other model.
 
 An imported model keeps its ids; the special tokens that it lacks get the ids after its vocabulary.
 """
@@ -12,15 +12,10 @@ from typing import Literal
 import sentencepiece
 
 from megatron_kosmos.data.errors import DataError
-from megatron_kosmos.data.tokenizer import (
-    FOREIGN_MODEL_FILES,
-    MODEL_FILE,
-    SETTINGS_FILE,
-    KosmosTokenizer,
-    Newlines,
-    TokenizerSettings,
-    load_pieces,
-)
+from megatron_kosmos.data.fast_making import import_fast, train_byte_bpe
+from megatron_kosmos.data.sentencepiece_backend import load_pieces
+from megatron_kosmos.data.tokenizer import FOREIGN_MODEL_FILES, KosmosTokenizer
+from megatron_kosmos.data.tokenizer_settings import MODEL_FILES, SETTINGS_FILE, Newlines, TokenizerSettings
 from megatron_kosmos.prompt import BOS, END_OF_IMAGE, EOS, IMAGE, LINE, PAD, SPECIAL_TOKENS, UNK
 
 Numbering = Literal["plain", "fairseq"]
@@ -34,14 +29,15 @@ MAX_LINES = 10_000_000
 
 @dataclass(frozen=True)
 class TrainingSettings:
-    """How sentencepiece trains."""
+    """How a tokenizer is trained: unigram and bpe by sentencepiece, byte-bpe (as GPT-2's) by tokenizers."""
 
     vocab_size: int
     """Ids of the result, the seven special tokens and 256 bytes included."""
-    model_type: Literal["unigram", "bpe"] = "unigram"
-    newlines: Newlines = "line"
+    model_type: Literal["unigram", "bpe", "byte-bpe"] = "unigram"
+    newlines: Newlines | None = None
+    """None is `line` for sentencepiece and `keep`, the only choice there is, for byte-bpe."""
     num_threads: int = 16
-    """Threads of the trainer. Part of the result: sums in another order may choose other pieces."""
+    """Threads of sentencepiece's trainer. Part of the result: sums in another order may choose other pieces."""
 
 
 def train_tokenizer(texts: Iterable[str], settings: TrainingSettings) -> KosmosTokenizer:
@@ -50,6 +46,11 @@ def train_tokenizer(texts: Iterable[str], settings: TrainingSettings) -> KosmosT
     Nothing is normalized, so that double spaces and indentation survive, and a character without a piece is written in
     bytes, so that every text decodes to itself. Raises DataError when the text is too small for the vocabulary.
     """
+    if settings.model_type == "byte-bpe":
+        _refuse_unless(settings.newlines in {None, "keep"}, settings.newlines, "byte-bpe", "keep")
+        return train_byte_bpe(texts, settings.vocab_size)
+    newlines = settings.newlines or "line"
+    _refuse_unless(newlines != "keep", newlines, settings.model_type, "line or collapse")
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
@@ -82,7 +83,7 @@ def train_tokenizer(texts: Iterable[str], settings: TrainingSettings) -> KosmosT
             f"sentencepiece cannot train {settings.vocab_size} pieces: {error}. Give more text or a smaller vocabulary"
         ) from error
     tokens = {token: number for number, token in enumerate(SPECIAL_TOKENS)}
-    described = TokenizerSettings(vocab_size=settings.vocab_size, special_tokens=tokens, newlines=settings.newlines)
+    described = TokenizerSettings(vocab_size=settings.vocab_size, special_tokens=tokens, newlines=newlines)
     return KosmosTokenizer(model.getvalue(), described, "trained")
 
 
@@ -93,30 +94,41 @@ def _lines(texts: Iterable[str]) -> Iterable[str]:
                 yield line
 
 
+def _refuse_unless(is_legal: bool, newlines: Newlines | None, kind: str, legal: str) -> None:
+    if not is_legal:
+        raise DataError(f"newlines={newlines} is not to be had with {kind}, only {legal}; leave --newlines out")
+
+
 def find_model(path: Path) -> Path:
-    """Return the sentencepiece model that `path`, a file or a Hugging Face folder, means. Raises DataError."""
+    """Return the sentencepiece model or tokenizer.json that `path`, a file or a folder, means. Raises DataError."""
     if path.is_file():
         return path
     if (path / SETTINGS_FILE).exists():
         raise DataError(f"{path} is already a tokenizer of megatron_kosmos; use it as it is")
-    for name in (*FOREIGN_MODEL_FILES, MODEL_FILE):
+    names = (*FOREIGN_MODEL_FILES, *MODEL_FILES.values())  # a sentencepiece model rather than what was made from it
+    for name in names:
         if (path / name).is_file():
             return path / name
-    raise DataError(
-        f"{path} is neither a sentencepiece file nor a folder with {', '.join((*FOREIGN_MODEL_FILES, MODEL_FILE))}"
-    )
+    raise DataError(f"{path} is neither a tokenizer's file nor a folder with {', '.join(names)}")
 
 
 def import_tokenizer(
-    path: Path, newlines: Newlines = "collapse", bos_is_eos: bool = False, numbering: Numbering | None = None
+    path: Path, newlines: Newlines | None = None, bos_is_eos: bool = False, numbering: Numbering | None = None
 ) -> KosmosTokenizer:
-    """Take over the sentencepiece model at `path`, a file or a Hugging Face folder, and add what it lacks.
+    """Take over the sentencepiece model or tokenizer.json at `path`, a file or a Hugging Face folder, and add what it
+    lacks.
 
+    `newlines` None is `collapse` for sentencepiece and `keep`, the only choice there is, for a tokenizer.json.
     `bos_is_eos` lets `</s>` begin documents too, for T5, which has no `<s>`: its 32,000 pieces then become 32,002 with
     `<image>` and `</image>`. `numbering` is fairseq's for XLM-R, where id = piece + 1 but for four swapped specials
     (transformers' XLMRobertaTokenizer); None takes it for a file of XLM-R's name, `sentencepiece.bpe.model`.
     """
     file = find_model(path)
+    if file.suffix == ".json":
+        _refuse_unless(newlines in {None, "keep"}, newlines, "a tokenizer.json", "keep")
+        return import_fast(file, bos_is_eos)
+    newlines = newlines or "collapse"
+    _refuse_unless(newlines != "keep", newlines, "a sentencepiece model", "line or collapse")
     model = file.read_bytes()
     pieces = load_pieces(model, str(file))
     if numbering is None:

@@ -94,7 +94,7 @@ def test_the_same_file_in_plain_numbers(foreign_model: Callable[[str], Path]) ->
 
 
 def test_what_cannot_be_imported(tmp_path: Path, tokenizer_folder: Path) -> None:
-    with pytest.raises(DataError, match=r"neither a sentencepiece file nor a folder with spiece\.model"):
+    with pytest.raises(DataError, match=r"neither a tokenizer's file nor a folder with spiece\.model"):
         find_model(tmp_path)
     with pytest.raises(DataError, match="already a tokenizer of megatron_kosmos"):
         find_model(tokenizer_folder)
