@@ -3,6 +3,7 @@
 Shape letters: B batch, T tokens, D decoder width, I images, L latents, V vocabulary.
 """
 
+import torch
 from megatron.core.enums import ModelType
 from megatron.core.tensor_parallel import (
     ColumnParallelLinear,
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from megatron_kosmos.batch import MultimodalBatch
 from megatron_kosmos.config import CrossAttentionConfig, ModelConfig
 from megatron_kosmos.model.cross_attention import CrossAttentionResampler
+from megatron_kosmos.model.documents import stretches_of
 from megatron_kosmos.model.embedding import SplicedEmbedding
 from megatron_kosmos.model.loss import mask_padded_vocabulary, token_losses
 from megatron_kosmos.model.magneto import decoder_submodules
@@ -41,6 +43,8 @@ class KosmosModel(MegatronModule):
     def __init__(self, model: ModelConfig, config: TransformerConfig, chunk: Chunk, topology: Topology) -> None:
         super().__init__(config)
         self.model_config, self.chunk, self.topology = model, chunk, topology
+        self.trains_below = True
+        """Whether a chunk before this one holds a trained weight; set by what knows the whole model."""
         self.vp_stage = chunk.virtual_index if topology.virtual_size > 1 else None  # megatron-core's schedule reads it
         tied = model.decoder.tie_embeddings
         if chunk.is_first:
@@ -73,7 +77,12 @@ class KosmosModel(MegatronModule):
 
     def set_input_tensor(self, input_tensor: Tensor | list[Tensor | None] | None) -> None:
         """Take the hidden states [T, B, D] of the previous stage (called by megatron-core's schedule)."""
-        self.decoder.set_input_tensor(input_tensor[0] if isinstance(input_tensor, list) else input_tensor)
+        hidden_TBD = input_tensor[0] if isinstance(input_tensor, list) else input_tensor
+        if hidden_TBD is not None and hidden_TBD.requires_grad and not self.trains_below:
+            # No autograd below the lowest trained weight; the schedule still sends a gradient back, and finds zeros.
+            hidden_TBD.grad = torch.zeros_like(hidden_TBD)
+            hidden_TBD = hidden_TBD.detach()
+        self.decoder.set_input_tensor(None if hidden_TBD is None else self._decoder_input(hidden_TBD))
 
     def forward(self, batch: MultimodalBatch, wants_logits: bool = False) -> Tensor:
         """Return hidden states [T, B, D] to send on; on the last chunk each position's loss [B, T] in nats.
@@ -105,7 +114,19 @@ class KosmosModel(MegatronModule):
         if self.chunk.is_first:
             images_ILD = self.embed_images(batch.images)
             hidden_TBD = self.embedding(batch.input_ids, batch.position_ids, images_ILD, batch.image_positions)
-        return self.decoder(hidden_TBD, attention_mask=None)
+            hidden_TBD = self._decoder_input(hidden_TBD)
+        stretches = stretches_of(batch, batch.input_ids.device)
+        return self.decoder(hidden_TBD, attention_mask=None, packed_seq_params=stretches)
+
+    def _decoder_input(self, hidden_TBD: Tensor) -> Tensor:
+        """Return `hidden_TBD` such that the decoder's trained weights get gradients.
+
+        megatron-core's recomputation (reentrant) makes no graph where its input needs no gradient.
+        """
+        recomputes = self.config.recompute_granularity == "full" and torch.is_grad_enabled()
+        if recomputes and any(parameter.requires_grad for parameter in self.decoder.parameters()):
+            return hidden_TBD.requires_grad_()
+        return hidden_TBD
 
     def _local_logits(self, hidden_TBD: Tensor) -> Tensor:
         decoder = self.model_config.decoder
