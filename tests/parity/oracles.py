@@ -41,6 +41,7 @@ from torchscale.architecture.config import DecoderConfig as TorchscaleConfig  # 
 from torchscale.architecture.decoder import Decoder as TorchscaleDecoder  # noqa: E402
 from torchscale.component.embedding import PositionalEmbedding  # noqa: E402
 from torchscale.component.feedforward_network import FeedForwardNetwork  # noqa: E402
+from torchscale.component.xpos_relative_position import XPOS  # noqa: E402
 
 FIRST_POSITION = 2
 """Row of torchscale's position embedding that the first token takes."""
@@ -57,6 +58,7 @@ def torchscale_decoder(decoder: DecoderConfig, seed: int) -> nn.Module:
         decoder_attention_heads=decoder.num_heads,
         layernorm_eps=decoder.layer_norm_epsilon,
         share_decoder_input_output_embed=decoder.tie_embeddings,
+        no_scale_embedding=not decoder.scale_embeddings,
         xpos_rel_pos=decoder.xpos,
         subln=True,
     )
@@ -84,13 +86,15 @@ def flamingo_resampler(resampler: PerceiverConfig, width: int, seed: int) -> nn.
 
 
 def randomized(module: nn.Module, seed: int) -> nn.Module:
-    """Draw every parameter anew: vectors (norms, biases) around what they had, matrices with the usual spread."""
+    """Draw every parameter anew from `seed`: what begins at 1 (norms) around 1, other vectors around 0, matrices with
+    the usual spread. All are fp32 numbers, so that one set of weights serves every precision.
+    """
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in module.parameters():
-            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            noise = torch.randn(parameter.shape, generator=generator)
             if parameter.dim() == 1:
-                parameter.add_(0.3 * noise)
+                parameter.copy_((parameter == 1.0).all() + 0.3 * noise)
             else:
                 parameter.copy_(noise * parameter.shape[-1] ** -0.5)
     return module
@@ -123,6 +127,22 @@ def torchscale_in_fp64(oracle: nn.Module) -> Iterator[None]:
         torchscale_attention.F = functional
         for hook in hooks:
             hook.remove()
+
+
+def torchscale_tables(head_size: int, max_length: int) -> dict[str, Tensor]:
+    """Return the tables [T, K / 2] that torchscale's xPos multiplies by in fp64, by the names that ours have.
+
+    Read off from what it makes of vectors whose even columns are 1 and whose odd ones are 0.
+    """
+    oracle = XPOS(head_size).double()
+    even = torch.tensor([1.0, 0.0], dtype=torch.float64).repeat(max_length, head_size // 2)[None]
+    query, key = oracle(even)[0], oracle(even, downscale=True)[0]
+    return {
+        "query_cos": query[:, 0::2],
+        "query_sin": query[:, 1::2],
+        "key_cos": key[:, 0::2],
+        "key_sin": key[:, 1::2],
+    }
 
 
 def gradients_of(module: nn.Module) -> dict[str, Tensor]:
