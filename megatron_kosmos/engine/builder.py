@@ -8,6 +8,7 @@ from megatron_kosmos.config import RunConfig
 from megatron_kosmos.engine.checkpointing import CheckpointStore, restore_optimizer, restore_weights
 from megatron_kosmos.engine.costs import training_costs
 from megatron_kosmos.engine.stage import Stage
+from megatron_kosmos.engine.trainable import check_groups, trains_below, weights_of_model
 from megatron_kosmos.model.initialization import initialize
 from megatron_kosmos.model.kosmos import KosmosModel
 from megatron_kosmos.model.magneto import transformer_config
@@ -23,10 +24,14 @@ def build_stage(
     """Build what this rank trains; return it with the optimizer steps that it has behind it.
 
     With a `store` that holds a checkpoint the stage continues from the newest one, else it starts from the seed.
-    Raises CheckpointError on every rank alike where the checkpoint holds another model, or was trained on other data
-    than the fingerprint `data`.
+    Raises, on every rank alike: ConfigError where `optimizer.groups` names what isn't there or freezes everything,
+    CheckpointError where the checkpoint holds another model, or was trained on other data than the fingerprint `data`.
     """
     chunks = build_chunks(run, derive_transformer_config(run), topology)
+    weights = weights_of_model(chunks, topology)
+    check_groups(run, weights)
+    for chunk in chunks:
+        chunk.trains_below = trains_below(weights, chunk.chunk.index)
     named = [named for chunk in chunks for named in named_parameters(chunk)]
     folder = store.latest() if store is not None else None
     snapshot = store.load(folder, named, run, data) if store is not None and folder is not None else None
@@ -38,7 +43,7 @@ def build_stage(
     for chunk in chunks:
         chunk.to(topology.device)
     names = {one.parameter: one.name for chunk in chunks for one in named_parameters(chunk)}
-    stage = Stage(chunks, ZeroOptimizer(chunks, names, _tied_weight(names), run, topology))
+    stage = Stage(chunks, ZeroOptimizer(chunks, names, _tied_weight(names), run, topology), tuple(weights))
     if snapshot is None:
         return stage, 0
     restore_optimizer(stage, snapshot)

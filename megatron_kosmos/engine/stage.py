@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from megatron_kosmos.engine.trainable import Weight
 from megatron_kosmos.model.kosmos import KosmosModel
 from megatron_kosmos.model.names import NamedParameter, named_parameters
 from megatron_kosmos.optim.zero import ZeroOptimizer
@@ -13,6 +14,8 @@ class Stage:
 
     chunks: tuple[KosmosModel, ...]
     optimizer: ZeroOptimizer
+    weights: tuple[Weight, ...]
+    """What the whole model holds, over all stages."""
 
     @property
     def named(self) -> list[NamedParameter]:

@@ -18,7 +18,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
-from torch import nn
+from torch import Tensor, nn
 
 from megatron_kosmos.config import DecoderConfig, ParallelConfig, TrainingConfig
 from megatron_kosmos.model.attention import CausalAttention
@@ -55,6 +55,14 @@ class BiasedColumnParallelLinear(ColumnParallelLinear):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         kwargs["skip_bias_add"] = False
         super().__init__(*args, **kwargs)
+
+    def _forward_impl(self, input: Tensor, weight: Tensor, *args: Any, bias: Tensor, **kwargs: Any) -> Tensor:
+        """Return the product and the bias. megatron-core's product with a frozen weight gives its bias no gradient."""
+        if weight.requires_grad:
+            output: Tensor = super()._forward_impl(input, weight, *args, bias=bias, **kwargs)
+            return output
+        product: Tensor = super()._forward_impl(input, weight, *args, bias=None, **kwargs)
+        return product + bias
 
 
 def transformer_config(
@@ -111,7 +119,7 @@ def decoder_submodules(decoder: DecoderConfig, num_layers: int) -> TransformerBl
                 module=SelfAttention,
                 params={"attn_mask_type": AttnMaskType.causal},
                 submodules=SelfAttentionSubmodules(
-                    linear_qkv=ColumnParallelLinear,
+                    linear_qkv=BiasedColumnParallelLinear,
                     core_attention=partial(CausalAttention, xpos=xpos),
                     linear_proj=SubLNRowParallelLinear,
                     q_layernorm=HeadLayerNorm if decoder.query_key_norm else None,

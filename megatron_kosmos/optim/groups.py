@@ -1,9 +1,11 @@
-"""Parameter groups: with which settings each weight is trained, and which weights are not trained at all."""
+"""Parameter groups: with which settings each weight is trained, and what a rank without such weights puts there."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+import torch.distributed as dist
 from torch import nn
 
 from megatron_kosmos.config import OptimizerConfig
@@ -22,8 +24,6 @@ _EMBEDDING = "embedding."
 class Settings:
     """How a weight is trained. Weights with equal settings form one torch group."""
 
-    group: int | None
-    """Number in `optimizer.groups`, None where none matches."""
     learning_rate_scale: float
     weight_decay: float
     keeps_32_bits: bool
@@ -35,30 +35,73 @@ def settings_of(name: str, parameter: nn.Parameter, optimizer: OptimizerConfig) 
 
     Matrices decay; biases, norms, latents and embeddings of positions don't, whatever their group.
     """
-    number = optimizer.group_of(name)
-    scale, decay = 1.0, optimizer.weight_decay
-    if number is not None:
-        group = optimizer.groups[number]
-        scale = group.learning_rate_scale
-        decay = decay if group.weight_decay is None else group.weight_decay
     return Settings(
-        group=number,
-        learning_rate_scale=scale,
-        weight_decay=decay if is_decayed(name, parameter) else 0.0,
+        learning_rate_scale=learning_rate_scale(optimizer, optimizer.group_of(name)),
+        weight_decay=weight_decay(optimizer, optimizer.group_of(name)) if is_decayed(name, parameter) else 0.0,
         keeps_32_bits=optimizer.kind == "adamw_8bit" and name.startswith(_EMBEDDING),
     )
 
 
-def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], optimizer: OptimizerConfig) -> list[dict[str, Any]]:
-    """Return torch's groups over the trainable ones of `named` (global name, parameter).
+def learning_rate_scale(optimizer: OptimizerConfig, group: int | None) -> float:
+    """Return the factor on the learning rate in group number `group` (None: what no group matches)."""
+    return 1.0 if group is None else optimizer.groups[group].learning_rate_scale
 
-    Groups come in the order of their first parameter and keep that of `named`, so ranks that hold the same weights
-    have the same groups. `params`, `weight_decay` and `learning_rate_scale` are set, and `keeps_32_bits`.
-    """
+
+def weight_decay(optimizer: OptimizerConfig, group: int | None) -> float:
+    """Return the weight decay of the matrices in group number `group` (None: what no group matches)."""
+    own = None if group is None else optimizer.groups[group].weight_decay
+    return optimizer.weight_decay if own is None else own
+
+
+def is_decayed(name: str, parameter: nn.Parameter) -> bool:
+    """Whether weight decay applies to the parameter called `name`."""
+    return parameter.dim() > 1 and not any(part in _UNDECAYED_NAMES for part in name.split("."))
+
+
+def group_parameters(
+    named: Iterable[tuple[str, nn.Parameter]], optimizer: OptimizerConfig
+) -> dict[Settings, list[nn.Parameter]]:
+    """Return the trainable ones of `named` (global name, parameter) by their settings, in their order."""
     groups: dict[Settings, list[nn.Parameter]] = {}
     for name, parameter in named:
         if parameter.requires_grad:
             groups.setdefault(settings_of(name, parameter, optimizer), []).append(parameter)
+    return groups
+
+
+def share_settings(groups: dict[Settings, list[nn.Parameter]], group: dist.ProcessGroup) -> None:
+    """Give every rank of `group` (the pipeline stages) all settings of any of them, in one order.
+
+    DeepSpeed reduces norms group by group: ranks with other groups would hang, or add up what doesn't belong together.
+    """
+    settings: list[list[Settings]] = [[] for _ in range(dist.get_world_size(group))]
+    dist.all_gather_object(settings, list(groups), group=group)
+    here = dict(groups)
+    groups.clear()
+    groups.update({one: here.get(one, []) for one in dict.fromkeys(sum(settings, []))})
+
+
+def add_placeholders(
+    groups: dict[Settings, list[nn.Parameter]], counts: Iterable[nn.Parameter], example: nn.Parameter
+) -> list[nn.Parameter]:
+    """Add a zero that is trained, but gets no gradient, to each group without a parameter in `counts`; return them.
+
+    A pipeline stage may train nothing, or nothing of a group. AdamW and DeepSpeed refuse empty groups, and DeepSpeed's
+    norms fail where none of a rank's parameters counts. Like `example` in dtype and device.
+    """
+    counted, placeholders = set(counts), []
+    for parameters in groups.values():
+        if not counted.intersection(parameters):
+            placeholder = nn.Parameter(torch.zeros(1, dtype=example.dtype, device=example.device))
+            # Counted in norms on every tensor rank, where it adds nothing.
+            placeholder.tensor_model_parallel = True  # type: ignore[attr-defined]
+            parameters.append(placeholder)
+            placeholders.append(placeholder)
+    return placeholders
+
+
+def torch_groups(groups: dict[Settings, list[nn.Parameter]]) -> list[dict[str, Any]]:
+    """Return what torch optimizers take: `params`, `weight_decay`, `learning_rate_scale` and `keeps_32_bits`."""
     return [
         {
             "params": parameters,
@@ -68,8 +111,3 @@ def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], optimizer: Optim
         }
         for settings, parameters in groups.items()
     ]
-
-
-def is_decayed(name: str, parameter: nn.Parameter) -> bool:
-    """Whether weight decay applies to the parameter called `name`."""
-    return parameter.dim() > 1 and not any(part in _UNDECAYED_NAMES for part in name.split("."))

@@ -24,7 +24,13 @@ from torch.nn.utils import clip_grads_with_norm_
 from megatron_kosmos.config import RunConfig
 from megatron_kosmos.optim.adamw import build_adamw
 from megatron_kosmos.optim.finalization import finalize_gradients, sum_gradients_while_they_arise, sum_tied_embedding
-from megatron_kosmos.optim.groups import LEARNING_RATE_SCALE, parameter_groups
+from megatron_kosmos.optim.groups import (
+    LEARNING_RATE_SCALE,
+    add_placeholders,
+    group_parameters,
+    share_settings,
+    torch_groups,
+)
 from megatron_kosmos.optim.mpu import ModelParallelUnit
 from megatron_kosmos.optim.schedule import learning_rate
 from megatron_kosmos.optim.state import OptimizerState
@@ -46,14 +52,20 @@ class ZeroOptimizer:
 
         `tied_weight` is this rank's copy of a tied embedding that spans two stages, None elsewhere.
         """
-        self.run, self.topology, self.tied_weight = run, topology, tied_weight
-        self.parameters = list(names)
+        self.run, self.topology = run, topology
+        self.tied_weight = tied_weight if tied_weight is not None and tied_weight.requires_grad else None
         self.stage = run.parallel.zero_stage
-        module = chunks[0] if len(chunks) == 1 else nn.ModuleList(chunks)
+        groups = group_parameters(((name, parameter) for parameter, name in names.items()), run.optimizer)
+        self.placeholders: list[nn.Parameter] = []
+        if self.stage <= 1:  # elsewhere there is one pipeline stage, and DeepSpeed bears a rank without a norm
+            share_settings(groups, topology.pp_group)
+            self.placeholders = add_placeholders(groups, filter(self._counts_in_norm, names), next(iter(names)))
+        self.parameters = [*names, *self.placeholders]
+        held = [*chunks, *([nn.ParameterList(self.placeholders)] if self.placeholders else [])]
+        module = held[0] if len(held) == 1 else nn.ModuleList(held)
         if self.stage >= 2:
             sum_gradients_while_they_arise(self.parameters, topology)
-        groups = parameter_groups(((name, parameter) for parameter, name in names.items()), run.optimizer)
-        self.adamw = build_adamw(groups, run.optimizer)
+        self.adamw = build_adamw(torch_groups(groups), run.optimizer)
         _quiet_deepspeed()
         with redirect_stdout(io.StringIO()):  # DeepSpeed's bf16 optimizer prints reports of its memory
             self.engine, self.optimizer, _, _ = deepspeed.initialize(
@@ -85,6 +97,8 @@ class ZeroOptimizer:
         """Make the gradients whole over tensor and pipeline ranks (at ZeRO 2 and 3 hooks did so already)."""
         if self.stage >= 2:
             return
+        for placeholder in self.placeholders:
+            placeholder.backward(torch.zeros_like(placeholder))
         finalize_gradients(self.parameters, self.gradient_of, self.topology)
         if self.run.model.decoder.tie_embeddings and self.topology.pp_size > 1:
             group = parallel_state.get_embedding_group(check_initialized=False)
@@ -106,6 +120,12 @@ class ZeroOptimizer:
         """Forget the accumulated gradients: the step is skipped."""
         self.optimizer.zero_grad()
 
+    def _counts_in_norm(self, parameter: nn.Parameter) -> bool:
+        """Whether this rank's part of a parameter is in the global norm: every element of the model is, once."""
+        if getattr(parameter, "ds_pipe_replicated", False):
+            return False
+        return self.topology.tp_rank == 0 or bool(is_model_parallel_parameter(parameter))
+
     def _keep_norm_of_plain_optimizer(self) -> None:
         """Without ZeRO, DeepSpeed 0.19.8 clips by a norm that leaves out what later pipeline stages replicate, and
         forgets it (`clip_fp32_gradients`): count each parameter once, and keep the norm."""
@@ -114,9 +134,7 @@ class ZeroOptimizer:
             counted = [
                 parameter.grad
                 for parameter in self.parameters
-                if parameter.grad is not None
-                and not getattr(parameter, "ds_pipe_replicated", False)
-                and (self.topology.tp_rank == 0 or is_model_parallel_parameter(parameter))
+                if parameter.grad is not None and self._counts_in_norm(parameter)
             ]
             norm = torch.as_tensor(get_global_norm_of_tensors(counted, mpu=self.engine.mpu))
             # Clipping by the -1 that stands for what is not finite would turn every gradient around.

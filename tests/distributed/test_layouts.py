@@ -15,7 +15,7 @@ from megatron_kosmos.optim import finalization, zero
 from megatron_kosmos.parallel.topology import build_topology
 from tests.distributed.harness import run_ranks
 from tests.distributed.tiny import tiny_run
-from tests.distributed.training import TrainingRecord, train_in_ranks
+from tests.distributed.training import NUM_STEPS, TrainingRecord, train_in_ranks
 
 pytestmark = pytest.mark.distributed
 
@@ -47,10 +47,10 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 }
 
 
-def train(layout: str, pattern: str = "timm", **changes: Any) -> TrainingRecord:
+def train(layout: str, pattern: str = "timm", num_steps: int = NUM_STEPS, **changes: Any) -> TrainingRecord:
     world_size, parallel = LAYOUTS[layout]
     return train_in_ranks(
-        world_size, pattern, **{f"parallel__{key}": value for key, value in parallel.items()}, **changes
+        world_size, pattern, num_steps, **{f"parallel__{key}": value for key, value in parallel.items()}, **changes
     )
 
 
