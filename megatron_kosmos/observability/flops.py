@@ -10,7 +10,14 @@ F ffn width, V vocab; G query groups, S image side in pixels.
 
 from typing import Final
 
-from megatron_kosmos.config import DecoderConfig, ModelConfig, ResamplerConfig, VisionConfig
+from megatron_kosmos.config import (
+    CrossAttentionConfig,
+    DecoderConfig,
+    ModelConfig,
+    PerceiverConfig,
+    ResamplerConfig,
+    VisionConfig,
+)
 
 TRAINED: Final = 3
 """Forward once, backward twice."""
@@ -66,10 +73,15 @@ def vision_flops_per_image(vision: VisionConfig, num_frozen_layers: int) -> int:
 
 
 def resampler_forward_flops_per_image(resampler: ResamplerConfig, vision: VisionConfig, decoder_width: int) -> int:
-    """Return the forward operations of one image through the resampler and the projection to D.
+    """Return the forward operations of one image through the resampler, the projection to D included."""
+    if isinstance(resampler, CrossAttentionConfig):
+        return _cross_attention_forward_flops(resampler, vision, decoder_width)
+    return _perceiver_forward_flops(resampler, vision, decoder_width)
 
-    Per layer, with inner width H·K: queries and output 4·L·E·H·K, keys and values of patches and latents
-    4·(P + L)·E·H·K, attention 4·L·(P + L)·H·K, FFN 4·L·E·multiplier·E. Then 2·L·E·D.
+
+def _perceiver_forward_flops(resampler: PerceiverConfig, vision: VisionConfig, decoder_width: int) -> int:
+    """Per layer, with inner width H·K: queries and output 4·L·E·H·K, keys and values of patches and latents
+    4·(P + L)·E·H·K, attention 4·L·(P + L)·H·K, FFN 4·L·E·multiplier·E. Then the projection 2·L·E·D.
     """
     width, latents = vision.width, resampler.num_latents
     keys = vision.num_patches + latents
@@ -77,6 +89,16 @@ def resampler_forward_flops_per_image(resampler: ResamplerConfig, vision: Vision
     attention = 4 * latents * width * inner + 4 * keys * width * inner + 4 * latents * keys * inner
     ffn = 4 * latents * width * resampler.ffn_multiplier * width
     return resampler.depth * (attention + ffn) + 2 * latents * width * decoder_width
+
+
+def _cross_attention_forward_flops(resampler: CrossAttentionConfig, vision: VisionConfig, decoder_width: int) -> int:
+    """The projection 2·P·E·D; then queries and output 4·L·D², keys and values of features and latents 4·(P + L)·D²,
+    attention 4·L·(P + L)·D.
+    """
+    latents, patches = resampler.num_latents, vision.num_patches
+    keys = patches + latents
+    attention = 4 * latents * decoder_width**2 + 4 * keys * decoder_width**2 + 4 * latents * keys * decoder_width
+    return 2 * patches * vision.width * decoder_width + attention
 
 
 def training_flops(

@@ -6,10 +6,10 @@ from flamingo_pytorch import PerceiverResampler
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPVisionConfig, CLIPVisionModel
-from transformers.models.kosmos2.configuration_kosmos2 import Kosmos2TextConfig
-from transformers.models.kosmos2.modeling_kosmos2 import Kosmos2TextForCausalLM
+from transformers.models.kosmos2.configuration_kosmos2 import Kosmos2Config, Kosmos2TextConfig
+from transformers.models.kosmos2.modeling_kosmos2 import Kosmos2ImageToTextProjection, Kosmos2TextForCausalLM
 
-from megatron_kosmos.config import DecoderConfig, ModelConfig, PerceiverConfig, VisionConfig
+from megatron_kosmos.config import CrossAttentionConfig, DecoderConfig, ModelConfig, PerceiverConfig, VisionConfig
 from megatron_kosmos.observability.flops import (
     TRAINED,
     decoder_forward_flops_per_token,
@@ -105,6 +105,21 @@ def test_resampler_costs_what_torch_counts() -> None:
         projection(resampler(torch.randn(num_images, 1, VISION.num_patches, VISION.width)))
 
     counted = num_images * resampler_forward_flops_per_image(RESAMPLER, VISION, DECODER.width)
+    assert counted == pytest.approx(counter.get_total_flops(), rel=1e-9)
+
+
+def test_cross_attention_resampler_costs_what_torch_counts() -> None:
+    num_images, config = 2, CrossAttentionConfig(kind="cross_attention", num_latents=6, num_heads=4)
+    theirs = Kosmos2Config(
+        text_config={"embed_dim": DECODER.width, "attention_heads": 4},
+        vision_config={"hidden_size": VISION.width},
+        latent_query_num=6,
+    )
+    theirs._attn_implementation = "eager"
+    with FlopCounterMode(display=False) as counter:
+        Kosmos2ImageToTextProjection(theirs)(torch.randn(num_images, VISION.num_patches, VISION.width))
+
+    counted = num_images * resampler_forward_flops_per_image(config, VISION, DECODER.width)
     assert counted == pytest.approx(counter.get_total_flops(), rel=1e-9)
 
 
