@@ -14,7 +14,7 @@ from megatron_kosmos.model.kosmos import KosmosModel
 from megatron_kosmos.optim import finalization, zero
 from megatron_kosmos.parallel.topology import build_topology
 from tests.distributed.harness import run_ranks
-from tests.distributed.tiny import tiny_run
+from tests.distributed.tiny import LATENTS, tiny_run
 from tests.distributed.training import NUM_STEPS, TrainingRecord, train_in_ranks
 
 pytestmark = pytest.mark.distributed
@@ -22,6 +22,8 @@ pytestmark = pytest.mark.distributed
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "tp2": (2, {"tensor_parallel_size": 2}),
     "tp2_sp": (2, {"tensor_parallel_size": 2, "sequence_parallel": True}),
+    "tp4": (4, {"tensor_parallel_size": 4}),
+    "tp4_sp": (4, {"tensor_parallel_size": 4, "sequence_parallel": True}),
     "pp2": (2, {"pipeline_parallel_size": 2}),
     "pp2_uneven": (2, {"pipeline_parallel_size": 2, "chunk_layers": [1, 3]}),
     "pp2_vpp2": (2, {"pipeline_parallel_size": 2, "virtual_pipeline_parallel_size": 2}),
@@ -104,6 +106,37 @@ def test_grouped_queries_and_learned_positions_train_the_same(layout: str) -> No
     assert_same(train(layout, **changes), train_in_ranks(1, parallel__zero_stage=0, **changes))
 
 
+SHARED_KEYS: dict[str, Any] = {
+    "model__decoder__query_key_norm": True,
+    "model__decoder__num_query_groups": 1,
+    "num_steps": 3,  # with one key head Adam makes 1e-5 of a weight's last bit by the fifth, in one process too
+}
+KOSMOS_2: dict[str, Any] = {
+    "model__decoder__xpos": False,
+    "model__decoder__positions": "sinusoidal",
+    "model__decoder__scale_embeddings": True,
+    "model__vision__features": "normalized",
+    "model__resampler": {
+        "kind": "cross_attention",
+        "num_latents": LATENTS,
+        "num_heads": 4,
+        "attention_dropout": 0.0,
+    },
+}
+
+
+@pytest.mark.parametrize("layout, num_query_groups", [("tp2_sp", 1), ("tp4", 1), ("tp4_sp", 2)])
+def test_tensor_ranks_that_share_normalized_keys_train_the_same(layout: str, num_query_groups: int) -> None:
+    """Fused rows are then cut within heads, and each rank normalizes a copy of its key head."""
+    changes = SHARED_KEYS | {"model__decoder__num_query_groups": num_query_groups}
+    assert_same(train(layout, **changes), train_in_ranks(1, parallel__zero_stage=0, **changes))
+
+
+@pytest.mark.parametrize("layout", ["tp2_sp", "pp2"])
+def test_kosmos_2_s_input_side_trains_the_same(layout: str) -> None:
+    assert_same(train(layout, **KOSMOS_2), train_in_ranks(1, parallel__zero_stage=0, **KOSMOS_2))
+
+
 @pytest.mark.parametrize("pattern", ["tttt", "iiii", "titi", "itti tttt"])
 @pytest.mark.parametrize("layout", ["tp2_sp", "pp2_dp2", "dp2_zero1", "dp2_zero2", "dp2_zero3", "tp2_dp2_zero2"])
 def test_any_mix_of_images_trains_the_same(layout: str, pattern: str) -> None:
@@ -149,14 +182,16 @@ def test_bf16_follows_fp32(layout: str) -> None:
 @pytest.mark.parametrize("zero_stage", [1, 2, 3])
 def test_position_tables_stay_fp32_beside_bf16_weights(zero_stage: int) -> None:
     """At T = 2048 bf16 tables are half wrong; DeepSpeed 0.19.0 still cast every buffer."""
-    run = tiny_run(training__precision="bf16", parallel__zero_stage=zero_stage)
+    run = tiny_run(training__precision="bf16", parallel__zero_stage=zero_stage, model__decoder__positions="sinusoidal")
     ((tables, weights),) = run_ranks(dtypes_of_stage, 1, run)
-    assert (tables, weights) == ({torch.float32}, {torch.bfloat16})
+    names = ("query_cos", "query_sin", "key_cos", "key_sin", "table")
+    assert (tables, weights) == (dict.fromkeys(names, torch.float32), {torch.bfloat16})
 
 
-def dtypes_of_stage(run: RunConfig) -> tuple[set[torch.dtype], set[torch.dtype]]:
+def dtypes_of_stage(run: RunConfig) -> tuple[dict[str, torch.dtype], set[torch.dtype]]:
     stage, _ = build_stage(run, build_topology(run.parallel, torch.device("cpu")))
-    tables = {buffer.dtype for chunk in stage.chunks for name, buffer in chunk.named_buffers() if "xpos" in name}
+    buffers = (named for chunk in stage.chunks for named in chunk.named_buffers())
+    tables = {name.rpartition(".")[2]: buffer.dtype for name, buffer in buffers if buffer.is_floating_point()}
     return tables, {parameter.dtype for chunk in stage.chunks for parameter in chunk.parameters()}
 
 
@@ -177,6 +212,16 @@ def test_control_image_shard_sum(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     with pytest.raises(AssertionError, match="grad norm"):
         assert_same(train("tp2_sp"), one_process())
+
+
+def test_control_head_shard_sum(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        finalization,
+        "needs_tensor_parallel_sum",
+        lambda p: bool(getattr(p, "sequence_parallel", False) or getattr(p, "sees_image_shard", False)),
+    )
+    with pytest.raises(AssertionError, match="grad norm"):
+        assert_same(train("tp2_sp", **SHARED_KEYS), train_in_ranks(1, parallel__zero_stage=0, **SHARED_KEYS))
 
 
 def test_control_tied_embedding_sum(monkeypatch: pytest.MonkeyPatch) -> None:

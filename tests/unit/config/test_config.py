@@ -152,6 +152,14 @@ VPP = {"parallel__pipeline_parallel_size": 2, "parallel__virtual_pipeline_parall
             r"num_query_groups=3 and parallel\.tensor_parallel_size=4: one must be a multiple of the other",
         ),
         (
+            {
+                "parallel__tensor_parallel_size": 8,
+                "model__decoder__width": 16,
+                "model__decoder__num_query_groups": 1,
+            },
+            r"the 20 rows of queries, keys and values, \(num_heads=8 \+ 2 x num_query_groups=1\) x head size 2",
+        ),
+        (
             {"parallel__tensor_parallel_size": 2, "parallel__sequence_parallel": True, "data__sequence_length": 63},
             r"data\.sequence_length=63 is not a multiple",
         ),
