@@ -9,6 +9,8 @@ from megatron_kosmos.config import RunConfig
 from megatron_kosmos.config.loader import parse_config
 
 LENGTH, LATENTS, SIDE, VOCAB, MICRO = 24, 3, 16, 90, 2
+FIRST_DOCUMENT = 9
+"""Tokens of the first of two documents in a row."""
 
 
 def frozen_vision(num_layers: int) -> list[dict[str, Any]]:
@@ -20,7 +22,7 @@ def frozen_vision(num_layers: int) -> list[dict[str, Any]]:
     return [{"parameters": below + layers, "frozen": True}]
 
 
-_BASE: dict[str, Any] = {
+BASE: dict[str, Any] = {
     "run_dir": "unused",
     "model": {
         "decoder": {
@@ -62,7 +64,7 @@ _BASE: dict[str, Any] = {
 
 def tiny_run(**changes: Any) -> RunConfig:
     """Return the tiny configuration with dotted `changes`, written `parallel__zero_stage=2`."""
-    values = _copy(_BASE)
+    values = _copy(BASE)
     for path, value in changes.items():
         *parents, leaf = path.split("__")
         node = values
@@ -76,7 +78,8 @@ def step_batches(step: int, pattern: str) -> list[MultimodalBatch]:
     """Return the global batch of `step` as microbatches in order of their global index.
 
     `pattern` has a word for each step, repeated from the first when they run out, and in it a letter for each
-    microbatch: t text alone, i images in every sequence, m one with and one without, e no target token at all.
+    microbatch: t text alone, i images in every sequence, m one with and one without, d as m with two documents a row
+    that don't see each other, e no target token at all.
     """
     words = pattern.split()
     letters = words[step % len(words)]
@@ -92,19 +95,22 @@ def _microbatch(seed: int, letter: str) -> MultimodalBatch:
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(7, VOCAB, (MICRO, LENGTH + 1), generator=generator)
     mask = torch.rand(MICRO, LENGTH, generator=generator) < 0.7
-    rows = {"t": [], "i": [0, 1], "m": [1], "e": []}[letter]
+    rows = {"t": [], "i": [0, 1], "m": [1], "d": [1], "e": []}[letter]
     positions = [(row, column) for row in rows for column in ((2, 12) if row else (5,))]
     for row, column in positions:
         ids[row, column : column + LATENTS] = 0
         mask[row, column - 1 : column + LATENTS - 1] = False
     if letter == "e":
         mask[:] = False
+    starts = row_starts(MICRO, LENGTH)
+    if letter == "d":
+        starts = torch.cat((starts, starts[:-1] + FIRST_DOCUMENT)).sort().values
     return MultimodalBatch(
         input_ids=ids[:, :-1].contiguous(),
         labels=ids[:, 1:].contiguous(),
         loss_mask=mask,
-        position_ids=torch.arange(LENGTH).expand(MICRO, -1).contiguous(),
-        document_starts=row_starts(MICRO, LENGTH),
+        position_ids=torch.cat([torch.arange(length) for length in starts.diff().tolist()]).view(MICRO, LENGTH),
+        document_starts=starts,
         images=torch.randn(len(positions), 3, SIDE, SIDE, generator=generator),
         image_positions=torch.tensor(positions, dtype=torch.int64).view(-1, 2),
         sources=torch.tensor([(seed + row) % 3 for row in range(MICRO)]),
