@@ -23,6 +23,10 @@ from tests.parity.oracles import torchscale_tables
 FP32, FP64, LIFTED = "fp32", "fp64", "fp64, islands lifted"
 """Precisions. LIFTED also computes in fp64 what production keeps in fp32: xPos's tables and megatron-core's loss."""
 
+DEPTH = {FP32: 1, FP64: 2, LIFTED: 2}
+"""Layers of decoder and vision tower. Rounding in fp32 grows with every layer: from four on it alone brings gradients
+to 1e-6, the oracles' own against their fp64 as well as ours."""
+
 LAYOUTS: dict[str, dict[str, object]] = {
     "one rank": {},
     "TP2": {"tensor_parallel_size": 2},

@@ -14,14 +14,11 @@ from tests.distributed.harness import run_ranks
 from tests.distributed.tiny import tiny_run
 from tests.parity.fidelity import Record
 from tests.parity.oracles import DecoderNames, gradients_of, torchscale_decoder, torchscale_in_fp64
-from tests.parity.ours import FP32, FP64, LAYOUTS, LIFTED, Case, Result, compute_all, layout_changes, num_ranks
+from tests.parity.ours import DEPTH, FP32, FP64, LAYOUTS, LIFTED, Case, Result, compute_all, layout_changes, num_ranks
 
 pytestmark = [pytest.mark.parity, pytest.mark.distributed]
 
-LENGTH, MAX_LENGTH, BATCH = 24, 40, 3
-SEED = 9
-"""Of the weights. In fp32 the worst gradient is off by rounding alone: over twelve seeds by 8e-7 to 1.1e-6 between the
-two, and torchscale's by as much from its own in fp64. This seed's stays below the bound."""
+LENGTH, MAX_LENGTH, BATCH, SEED = 24, 40, 3, 7
 VARIANTS: dict[str, dict[str, object]] = {
     "xpos": {"xpos": True},
     "xpos_scaled_tied": {"xpos": True, "scale_embeddings": True, "tie_embeddings": True},
@@ -33,8 +30,8 @@ VARIANTS: dict[str, dict[str, object]] = {
 BOUNDS = {FP32: 1e-6, FP64: 1e-6, LIFTED: 1e-10}
 
 
-def run_config(variant: str, layout: str) -> RunConfig:
-    decoder = {"num_layers": 2, "max_sequence_length": MAX_LENGTH, **VARIANTS[variant]}
+def run_config(variant: str, layout: str, precision: str) -> RunConfig:
+    decoder = {"num_layers": DEPTH[precision], "max_sequence_length": MAX_LENGTH, **VARIANTS[variant]}
     return tiny_run(**{f"model__decoder__{field}": value for field, value in decoder.items()}, **layout_changes(layout))
 
 
@@ -56,7 +53,7 @@ def text_batch(vocab_size: int, image_size: int) -> MultimodalBatch:
 @cache
 def reference(variant: str, precision: str) -> tuple[dict[str, Tensor], Result]:
     """Return torchscale's weights under our names, and what it computes with them."""
-    model = run_config(variant, "one rank").model
+    model = run_config(variant, "one rank", precision).model
     oracle = torchscale_decoder(model.decoder, SEED)
     # No id of the padding occurs and its logits are masked, so that its weights may be anything and get no gradient.
     weights = DecoderNames(model.decoder, padding=50.0)(oracle.state_dict())
@@ -82,7 +79,7 @@ def computed(layout: str) -> list[dict[str, Result]]:
 
 
 def case(variant: str, layout: str, precision: str, weights: dict[str, Tensor]) -> Case:
-    run = run_config(variant, layout)
+    run = run_config(variant, layout, precision)
     return Case(run, weights, text_batch(run.model.decoder.vocab_size, run.model.vision.image_size), precision)
 
 

@@ -14,13 +14,22 @@ from PIL import Image
 
 from megatron_kosmos.data.images import load_image
 from megatron_kosmos.data.tokenizer import KosmosTokenizer
-from megatron_kosmos.data.tokenizer_making import TrainingSettings, train_tokenizer
+from megatron_kosmos.data.tokenizer_making import TrainingSettings, import_tokenizer, train_tokenizer
 from megatron_kosmos.engine.convert import to_hf
 from megatron_kosmos.engine.generate import Generator
+from tests.unit.data.foreign_tokenizers import falcon_like
 from tests.unit.hf.checkpoints import STEP, trained_run
 
 pytestmark = pytest.mark.parity
 
+KOSMOS2: dict[str, Any] = {
+    "model__decoder__xpos": False,
+    "model__decoder__positions": "sinusoidal",
+    "model__decoder__scale_embeddings": True,
+    "model__decoder__tie_embeddings": True,
+    "model__vision__features": "normalized",
+    "model__resampler": {"kind": "cross_attention", "num_latents": 3, "num_heads": 4},
+}
 VARIANTS: dict[str, dict[str, Any]] = {
     "untied": {},
     "tied": {"model__decoder__tie_embeddings": True},
@@ -32,19 +41,39 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "model__decoder__tie_embeddings": True,
         "training__precision": "bf16",
     },
+    "modern": {
+        "model__decoder__num_query_groups": 1,
+        "model__decoder__query_key_norm": True,
+        "model__decoder__tie_embeddings": True,
+    },
+    "modern_grouped_bf16": {
+        "model__decoder__num_query_groups": 2,
+        "model__decoder__query_key_norm": True,
+        "training__precision": "bf16",
+    },
+    "kosmos2": KOSMOS2,
+    "kosmos2_bf16_untied": KOSMOS2 | {"training__precision": "bf16", "model__decoder__tie_embeddings": False},
+    "sinusoids_with_xpos": {
+        "model__decoder__positions": "sinusoidal",
+        "model__decoder__scale_embeddings": True,
+        "model__vision__features": "normalized",
+    },
 }
+BYTE_LEVEL = {"modern", "modern_grouped_bf16"}
+TEXT = ["An image of a handwritten seven. Words and numbers, 0 1 2 3 4 5 6 7 8 9.\nAnother line."] * 5
 
 
 @pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("tokenizer")
-    text = ["An image of a handwritten seven. Words and numbers, 0 1 2 3 4 5 6 7 8 9.\nAnother line."] * 5
-    train_tokenizer(text, TrainingSettings(vocab_size=300)).save(folder)
-    return folder
+def tokenizers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("tokenizers")
+    train_tokenizer(TEXT, TrainingSettings(vocab_size=300)).save(root / "sentencepiece")
+    import_tokenizer(falcon_like(root / "falcon", TEXT, vocab_size=300)).save(root / "byte_level")
+    return {kind: root / kind for kind in ("sentencepiece", "byte_level")}
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_logits_are_those_of_the_training_model(variant: str, tokenizer: Path, tmp_path: Path) -> None:
+def test_logits_are_those_of_the_training_model(variant: str, tokenizers: dict[str, Path], tmp_path: Path) -> None:
+    tokenizer = tokenizers["byte_level" if variant in BYTE_LEVEL else "sentencepiece"]
     trained_run(tmp_path / "run", tokenizer, **VARIANTS[variant])
     report = to_hf(tmp_path / "run", tmp_path / "exported")
     assert report.max_abs_logit_diff is not None
@@ -55,9 +84,11 @@ def test_logits_are_those_of_the_training_model(variant: str, tokenizer: Path, t
 REMOTE = """
 import json, sys
 
+folder, picture, prompt, *unneeded = sys.argv[1:]
+
 class Block:
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in ("megatron_kosmos", "megatron", "deepspeed"):
+        if name.split(".")[0] in ("megatron_kosmos", "megatron", "deepspeed", *unneeded):
             raise ImportError(f"{name} must not be needed")
 
 sys.meta_path.insert(0, Block())
@@ -65,7 +96,6 @@ import torch
 from PIL import Image
 from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor, AutoTokenizer
 
-folder, picture, prompt = sys.argv[1:]
 config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
 model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
 processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
@@ -90,16 +120,28 @@ print(json.dumps({
 """
 
 
-def test_the_folder_loads_in_a_process_without_this_package(tokenizer: Path, tmp_path: Path) -> None:
-    trained_run(tmp_path / "run", tokenizer, model__decoder__tie_embeddings=True)
+IN_A_PROCESS = {
+    "sentencepiece": {"model__decoder__tie_embeddings": True},
+    "byte_level": VARIANTS["modern"],
+    "kosmos2": KOSMOS2,
+}
+
+
+@pytest.mark.parametrize("variant", IN_A_PROCESS)
+def test_the_folder_loads_in_a_process_without_this_package(
+    variant: str, tokenizers: dict[str, Path], tmp_path: Path
+) -> None:
+    tokenizer = tokenizers.get(variant, tokenizers["byte_level"])
+    trained_run(tmp_path / "run", tokenizer, **IN_A_PROCESS[variant])
     folder, picture = tmp_path / "exported", tmp_path / "picture.png"
     to_hf(tmp_path / "run" / "checkpoints" / f"step_{STEP:08d}", folder)
     noise = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
     Image.fromarray(noise).save(picture)
     prompt = "An image of\n<image> a seven"
+    unneeded = [] if variant == "sentencepiece" else ["sentencepiece"]
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     result = subprocess.run(
-        [sys.executable, "-P", "-c", REMOTE, str(folder), str(picture), prompt],
+        [sys.executable, "-P", "-c", REMOTE, str(folder), str(picture), prompt, *unneeded],
         cwd=tmp_path,
         env=environment | {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"},
         capture_output=True,
