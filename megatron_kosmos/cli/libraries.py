@@ -1,5 +1,6 @@
 """What a command tells the libraries before it loads them."""
 
+import logging
 import os
 import warnings
 
@@ -12,5 +13,7 @@ def quiet_libraries() -> None:
 
     disable_progress_bar()
     warnings.filterwarnings("ignore", module=r"megatron\.core|torch\.jit")
+    # Of a kernel for 4-bit inference; here bitsandbytes only keeps moments in 8 bits.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")

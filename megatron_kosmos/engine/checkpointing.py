@@ -23,7 +23,8 @@ from megatron_kosmos.checkpoint.tensors import JSON, TensorShard
 from megatron_kosmos.config import RunConfig
 from megatron_kosmos.engine.stage import Stage
 from megatron_kosmos.model.names import NamedParameter
-from megatron_kosmos.optim.state import MASTER, MOMENTS
+from megatron_kosmos.optim.adamw import MOMENTS
+from megatron_kosmos.optim.state import MASTER
 from megatron_kosmos.parallel.topology import Topology
 
 CHECKPOINTS = "checkpoints"
@@ -143,11 +144,8 @@ def restore_weights(named: Iterable[NamedParameter], snapshot: Snapshot) -> None
 
 def restore_optimizer(stage: Stage, snapshot: Snapshot) -> None:
     """Set masters, moments and the count of updates."""
-    for named in stage.named:
-        if named.parameter.requires_grad:
-            tensors = snapshot.parameters[named.name]
-            device = named.parameter.device
-            stage.optimizer.state.write(named.parameter, {key: t.to(device) for key, t in tensors.items()})
+    trained = (named for named in stage.named if named.parameter.requires_grad)
+    stage.optimizer.state.write({named.parameter: snapshot.parameters[named.name] for named in trained})
     stage.optimizer.state.set_updates(snapshot.updates)
 
 

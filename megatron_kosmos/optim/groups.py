@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -18,6 +19,8 @@ KEEPS_32_BITS = "keeps_32_bits"
 
 _UNDECAYED_NAMES = ("position_embedding", "position_embeddings", "class_embedding", "latents", "frame_embedding")
 _EMBEDDING = "embedding."
+_SMALLEST_WITH_8_BITS = 4096
+"""Elements on a rank; bitsandbytes' own bound."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,9 @@ class Settings:
     weight_decay: float
     keeps_32_bits: bool
     """Whether its moments stay in fp32 beside 8-bit ones."""
+    is_sharded: bool
+    """Whether tensor parallelism cuts it; told apart where moments have 8 bits. A block of them has one scale: in one
+    block with shards, what the tensor ranks hold alike would get another scale, and soon another weight, on each."""
 
 
 def settings_of(name: str, parameter: nn.Parameter, optimizer: OptimizerConfig) -> Settings:
@@ -35,10 +41,13 @@ def settings_of(name: str, parameter: nn.Parameter, optimizer: OptimizerConfig) 
 
     Matrices decay; biases, norms, latents and embeddings of positions don't, whatever their group.
     """
+    keeps_32_bits = name.startswith(_EMBEDDING) or parameter.numel() < _SMALLEST_WITH_8_BITS
+    has_8_bits = optimizer.kind == "adamw_8bit" and not keeps_32_bits
     return Settings(
         learning_rate_scale=learning_rate_scale(optimizer, optimizer.group_of(name)),
         weight_decay=weight_decay(optimizer, optimizer.group_of(name)) if is_decayed(name, parameter) else 0.0,
-        keeps_32_bits=optimizer.kind == "adamw_8bit" and name.startswith(_EMBEDDING),
+        keeps_32_bits=optimizer.kind == "adamw_8bit" and keeps_32_bits,
+        is_sharded=has_8_bits and bool(getattr(parameter, "tensor_model_parallel", False)),
     )
 
 
@@ -78,7 +87,7 @@ def share_settings(groups: dict[Settings, list[nn.Parameter]], group: dist.Proce
     dist.all_gather_object(settings, list(groups), group=group)
     here = dict(groups)
     groups.clear()
-    groups.update({one: here.get(one, []) for one in dict.fromkeys(sum(settings, []))})
+    groups.update({one: here.get(one, []) for one in dict.fromkeys(chain(*settings))})
 
 
 def add_placeholders(

@@ -1,61 +1,70 @@
 """A parameter's fp32 master and Adam moments, whole, wherever ZeRO has put their pieces.
 
-Through DeepSpeed's public per-parameter accessors. Reading is a collective over the data-parallel ranks and gives each
-of them the whole tensor: go parameter by parameter, and keep what is needed.
+Reading is a collective over the data-parallel ranks and gives each of them the whole tensor: go parameter by parameter,
+and keep what is needed. Writing gives each rank its pieces without communication.
 """
 
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from deepspeed.runtime.zero.partition_parameters import GatheredParameters
-from deepspeed.utils import (
-    safe_get_full_fp32_param,
-    safe_get_full_optimizer_state,
-    safe_set_full_fp32_param,
-    safe_set_full_optimizer_state,
-    safe_set_local_fp32_param,
-    safe_set_local_optimizer_state,
-)
 from torch import Tensor, nn
 
+from megatron_kosmos.optim.adamw import MOMENTS, moments_of
+from megatron_kosmos.parallel.topology import Topology
+
 MASTER = "master"
-MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """The piece of a parameter that this data rank updates."""
+
+    flat: Tensor
+    """The tensor that AdamW updates: the parameter itself, or under ZeRO a partition with pieces of many of them."""
+    start: int
+    """Where the piece begins in `flat`."""
+    offset: int
+    """Where it begins in the flattened parameter."""
+    length: int
+
+    def of(self, whole: Tensor) -> Tensor:
+        """Return the piece of `whole`, which has the parameter's shape."""
+        return whole.flatten()[self.offset : self.offset + self.length]
 
 
 class OptimizerState:
     """Access to what AdamW under ZeRO keeps for each trained parameter of this rank."""
 
-    def __init__(self, adamw: torch.optim.AdamW, optimizer: Any, stage: int, dp_rank: int) -> None:
+    def __init__(self, adamw: torch.optim.Optimizer, optimizer: Any, stage: int, topology: Topology) -> None:
         """Create zero moments for `adamw`, wrapped by DeepSpeed's `optimizer` at ZeRO `stage`.
 
-        DeepSpeed would make them at the first step; made here, a checkpoint can be read into them.
+        They would be made at the first step; made here, a checkpoint can be read into them.
         """
-        self.adamw, self.stage, self.dp_rank = adamw, stage, dp_rank
-        self._flats = list(self._flat_partitions(optimizer))
-        for flat in self._flats:
-            moments = {name: torch.zeros_like(flat, requires_grad=False) for name in MOMENTS}
-            adamw.state[flat] = {"step": torch.zeros((), dtype=torch.float32, device=flat.device), **moments}
-        if stage in (1, 2):
-            optimizer._lazy_init_hp_params_optimizer_state()
+        self.stage, self.topology, self._optimizer, self._moments = stage, topology, optimizer, moments_of(adamw)
+        self._flats: list[Tensor] = []
+        for flat, group in self._flat_partitions(adamw):
+            self._flats.append(flat)
+            self._moments.create(flat, group)
 
     @property
     def updates(self) -> int:
         """Updates that AdamW has made, which its bias correction counts. Fewer than steps where steps were skipped."""
-        return round(float(self.adamw.state[self._flats[0]]["step"])) if self._flats else 0
+        return self._moments.updates(self._flats[0]) if self._flats else 0
 
     def set_updates(self, updates: int) -> None:
         """Let AdamW count from `updates`."""
         for flat in self._flats:
-            self.adamw.state[flat]["step"].fill_(updates)
+            self._moments.set_updates(flat, updates)
 
     def read(self, parameter: nn.Parameter) -> dict[str, Tensor]:
         """Return {"master", "exp_avg", "exp_avg_sq"} of a trained parameter in fp32: this tensor rank's part of it."""
-        if self.stage == 0:
-            moments = self.adamw.state[parameter]
-            return {MASTER: parameter.detach().float()} | {name: moments[name] for name in MOMENTS}
-        whole = {name: safe_get_full_optimizer_state(parameter, name) for name in MOMENTS}
-        return {MASTER: safe_get_full_fp32_param(parameter)} | whole
+        fragment = self._fragment(parameter)
+        return {name: self._whole(parameter, name, fragment) for name in (MASTER, *MOMENTS)}
 
     def frozen_weight(self, parameter: nn.Parameter) -> Tensor:
         """Return an untrained parameter, which has neither master nor moments."""
@@ -64,32 +73,69 @@ class OptimizerState:
         with GatheredParameters([parameter]):
             return parameter.detach().clone()
 
-    def write(self, parameter: nn.Parameter, tensors: Mapping[str, Tensor]) -> None:
-        """Set master and moments of a trained parameter; the weight that the model computes with is not touched."""
+    def write(self, tensors: Mapping[nn.Parameter, Mapping[str, Tensor]]) -> None:
+        """Set masters and moments of trained parameters from whole tensors on any device.
+
+        All at once, since pieces of several parameters may share a block of 8-bit moments. What `tensors` leaves out
+        stays as it is, and so does the weight that the model computes with.
+        """
+        pieces: dict[Tensor, list[tuple[Fragment, Mapping[str, Tensor]]]] = defaultdict(list)
+        for parameter, given in tensors.items():
+            fragment = self._fragment(parameter)
+            if fragment is not None:
+                pieces[fragment.flat].append((fragment, given))
+        for flat, pieces_of_flat in pieces.items():
+            if self.stage > 0:
+                _fill(flat.detach(), MASTER, pieces_of_flat)
+            for name in MOMENTS:
+                with self._moments.opened(flat, name) as moment:
+                    _fill(moment, name, pieces_of_flat)
+
+    def _whole(self, parameter: Any, name: str, fragment: Fragment | None) -> Tensor:
+        """Put the data ranks' pieces together. All-reduce over the data group, none without ZeRO."""
         if self.stage == 0:
-            for name in MOMENTS:
-                self.adamw.state[parameter][name].copy_(tensors[name])
-        elif self.stage == 3:
-            # DeepSpeed's accessor for whole tensors overruns one whose length the data ranks don't divide.
-            safe_set_local_fp32_param(parameter, self._share(parameter, tensors[MASTER]))
-            for name in MOMENTS:
-                safe_set_local_optimizer_state(parameter, self._share(parameter, tensors[name]), name)
-        else:
-            safe_set_full_fp32_param(parameter, tensors[MASTER])
-            for name in MOMENTS:
-                safe_set_full_optimizer_state(parameter, tensors[name], name)
+            assert fragment is not None
+            return self._piece(name, fragment).view(parameter.shape)
+        shape = parameter.ds_shape if self.stage == 3 else parameter.shape
+        whole = torch.zeros(shape, dtype=torch.float32, device=self.topology.device)
+        if fragment is not None:
+            fragment.of(whole).copy_(self._piece(name, fragment))
+        dist.all_reduce(whole, group=self.topology.dp_group)
+        return whole
 
-    def _share(self, parameter: Any, whole: Tensor) -> Tensor:
-        """Return this data rank's part of a tensor that ZeRO 3 has cut, padded as DeepSpeed pads it."""
-        length = parameter.ds_tensor.ds_numel
-        start = self.dp_rank * length
-        part = whole.flatten()[start : start + length]
-        return torch.nn.functional.pad(part, (0, length - part.numel()))
+    def _piece(self, name: str, fragment: Fragment) -> Tensor:
+        if name == MASTER:
+            return fragment.flat.detach().view(-1).narrow(0, fragment.start, fragment.length)
+        return self._moments.read(fragment.flat, name, fragment.start, fragment.length)
 
-    def _flat_partitions(self, optimizer: Any) -> Iterator[Tensor]:
-        """Yield the tensors that AdamW itself updates."""
+    def _fragment(self, parameter: Any) -> Fragment | None:
+        """Find this rank's piece of a parameter where DeepSpeed has put it; None where it has none."""
+        if self.stage == 0:
+            return Fragment(parameter, 0, 0, parameter.numel())
         if self.stage == 3:
-            yield from optimizer.fp32_partitioned_groups_flat
+            number, start, length = self._optimizer.grad_position[self._optimizer.get_param_id(parameter)]
+            offset = self.topology.dp_rank * length  # the last pieces are padded
+            length = min(length, parameter.ds_numel - offset)
+            return Fragment(self._flats[number], start, offset, length) if length > 0 else None
+        mapping = parameter._hp_mapping
+        if mapping is None:
+            return None
+        piece, place = mapping.hp_fragment_address, mapping.lp_fragment_address
+        return Fragment(self._flats[mapping.param_group_index], piece.start, place.start, piece.numel)
+
+    def _flat_partitions(self, adamw: torch.optim.Optimizer) -> Iterator[tuple[Tensor, dict[str, Any]]]:
+        """Yield the tensors that AdamW itself updates, with their groups."""
+        if self.stage == 3:
+            groups = self._optimizer.sub_group_to_group_id
+            for number, flat in enumerate(self._optimizer.fp32_partitioned_groups_flat):
+                yield flat, adamw.param_groups[groups[number]]
         else:
-            for group in self.adamw.param_groups:
-                yield from group["params"]
+            for group in adamw.param_groups:
+                for flat in group["params"]:
+                    yield flat, group
+
+
+def _fill(flat: Tensor, name: str, pieces: list[tuple[Fragment, Mapping[str, Tensor]]]) -> None:
+    for fragment, given in pieces:
+        if name in given:
+            flat.view(-1).narrow(0, fragment.start, fragment.length).copy_(fragment.of(given[name]))

@@ -59,7 +59,9 @@ class ZeroOptimizer:
         self.placeholders: list[nn.Parameter] = []
         if self.stage <= 1:  # elsewhere there is one pipeline stage, and DeepSpeed bears a rank without a norm
             share_settings(groups, topology.pp_group)
-            self.placeholders = add_placeholders(groups, filter(self._counts_in_norm, names), next(iter(names)))
+            # Alike on all tensor ranks, so that ZeRO cuts what they all hold in the same places; the last counts least.
+            counts = [parameter for parameter in names if self._counts_in_norm(parameter, topology.tp_size - 1)]
+            self.placeholders = add_placeholders(groups, counts, next(iter(names)))
         self.parameters = [*names, *self.placeholders]
         held = [*chunks, *([nn.ParameterList(self.placeholders)] if self.placeholders else [])]
         module = held[0] if len(held) == 1 else nn.ModuleList(held)
@@ -75,7 +77,7 @@ class ZeroOptimizer:
                 mpu=ModelParallelUnit(),
                 dist_init_required=False,
             )
-        self.state = OptimizerState(self.adamw, self.optimizer, self.stage, topology.dp_rank)
+        self.state = OptimizerState(self.adamw, self.optimizer, self.stage, topology)
         if self.stage == 0:
             self._keep_norm_of_plain_optimizer()
 
@@ -120,11 +122,11 @@ class ZeroOptimizer:
         """Forget the accumulated gradients: the step is skipped."""
         self.optimizer.zero_grad()
 
-    def _counts_in_norm(self, parameter: nn.Parameter) -> bool:
-        """Whether this rank's part of a parameter is in the global norm: every element of the model is, once."""
+    def _counts_in_norm(self, parameter: nn.Parameter, tp_rank: int) -> bool:
+        """Whether a tensor rank's part of a parameter is in the global norm: every element of the model is, once."""
         if getattr(parameter, "ds_pipe_replicated", False):
             return False
-        return self.topology.tp_rank == 0 or bool(is_model_parallel_parameter(parameter))
+        return tp_rank == 0 or bool(is_model_parallel_parameter(parameter))
 
     def _keep_norm_of_plain_optimizer(self) -> None:
         """Without ZeRO, DeepSpeed 0.19.8 clips by a norm that leaves out what later pipeline stages replicate, and
@@ -134,7 +136,7 @@ class ZeroOptimizer:
             counted = [
                 parameter.grad
                 for parameter in self.parameters
-                if parameter.grad is not None and self._counts_in_norm(parameter)
+                if parameter.grad is not None and self._counts_in_norm(parameter, self.topology.tp_rank)
             ]
             norm = torch.as_tensor(get_global_norm_of_tensors(counted, mpu=self.engine.mpu))
             # Clipping by the -1 that stands for what is not finite would turn every gradient around.
