@@ -1,5 +1,8 @@
 """The composition root: from a configuration and a topology to the parts of a training run."""
 
+import logging
+
+import torch.distributed as dist
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
@@ -10,12 +13,15 @@ from megatron_kosmos.engine.costs import training_costs
 from megatron_kosmos.engine.stage import Stage
 from megatron_kosmos.engine.trainable import check_groups, trains_below, weights_of_model
 from megatron_kosmos.model.initialization import initialize
+from megatron_kosmos.model.kernels import PLAIN, Kernels, choose_kernels
 from megatron_kosmos.model.kosmos import KosmosModel
 from megatron_kosmos.model.magneto import transformer_config
 from megatron_kosmos.model.names import TIED_EMBEDDING, named_parameters
 from megatron_kosmos.optim.zero import ZeroOptimizer
 from megatron_kosmos.parallel.stages import balance_layers, chunks_of_stage
 from megatron_kosmos.parallel.topology import Topology
+
+logger = logging.getLogger(__name__)
 
 
 def build_stage(
@@ -27,7 +33,10 @@ def build_stage(
     Raises, on every rank alike: ConfigError where `optimizer.groups` names what isn't there or freezes everything,
     CheckpointError where the checkpoint holds another model, or was trained on other data than the fingerprint `data`.
     """
-    chunks = build_chunks(run, derive_transformer_config(run), topology)
+    kernels = choose_kernels(run, topology.device)
+    if dist.get_rank() == 0:
+        logger.info("kernels: %s", kernels)
+    chunks = build_chunks(run, derive_transformer_config(run, kernels), topology)
     weights = weights_of_model(chunks, topology)
     check_groups(run, weights)
     for chunk in chunks:
@@ -65,9 +74,9 @@ def build_chunks(run: RunConfig, transformer: TransformerConfig, topology: Topol
     return chunks
 
 
-def derive_transformer_config(run: RunConfig) -> TransformerConfig:
-    """Derive megatron-core's configuration of the decoder."""
-    return transformer_config(run.model.decoder, run.parallel, run.training, decoder_layers_of_chunks(run))
+def derive_transformer_config(run: RunConfig, kernels: Kernels = PLAIN) -> TransformerConfig:
+    """Derive megatron-core's configuration of the decoder, which computes with `kernels`."""
+    return transformer_config(run.model.decoder, run.parallel, run.training, decoder_layers_of_chunks(run), kernels)
 
 
 def decoder_layers_of_chunks(run: RunConfig) -> tuple[int, ...]:

@@ -1,28 +1,29 @@
-"""Causal self-attention inside megatron-core's layer: xPos, then torch's scaled-dot-product kernels.
+"""Causal self-attention inside megatron-core's layer: xPos, then the kernel that the run has chosen.
 
-Shape letters: T tokens, B batch, H this rank's heads, G its query groups, K head size.
+Shape letters: T tokens, B batch, H this rank's heads, G its query groups, K head size, N = B * T.
 """
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch.nn.functional as F
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
-from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.dot_product_attention import DotProductAttention
 from torch import Tensor, nn
 
 from megatron_kosmos.model.documents import Stretches, attend_within
+from megatron_kosmos.model.kernels import MagnetoConfig
 from megatron_kosmos.model.xpos import XPos
 
 
 class CausalAttention(nn.Module):
     """Core attention of one decoder layer, from split heads to joined heads."""
 
-    def __init__(self, config: TransformerConfig, xpos: XPos | None, **_: Any) -> None:
+    def __init__(self, config: MagnetoConfig, xpos: XPos | None, **layer: Any) -> None:
+        """`layer` is what megatron-core's SelfAttention tells its core attention."""
         super().__init__()
-        self.config = config
         self.xpos = xpos
-        self.dropout = config.attention_dropout
+        self.kernel = _KERNELS[config.kernels.attention](config, **layer)
 
     def forward(
         self,
@@ -41,13 +42,23 @@ class CausalAttention(nn.Module):
         """
         if self.xpos is not None:
             query, key = self.xpos(query, key)
-        # Heads are shared out over the tensor ranks, so their masks must differ between ranks. Under sequence
-        # parallelism megatron-core's block has entered the sharded stream already.
-        sharded_stream = nullcontext() if self.config.sequence_parallel else get_cuda_rng_tracker().fork()
-        with sharded_stream:
-            if packed_seq_params is None:
+        context: Tensor = self.kernel(query, key, value, packed_seq_params)
+        return context
+
+
+class SdpaAttention(nn.Module):
+    """torch's scaled-dot-product attention, on any device; documents one after the other."""
+
+    def __init__(self, config: MagnetoConfig, **_: Any) -> None:
+        super().__init__()
+        self.config, self.dropout = config, config.attention_dropout
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, stretches: Stretches | None) -> Tensor:
+        """As `CausalAttention.forward`, after xPos."""
+        with _stream_of_heads(self.config):
+            if stretches is None:
                 return self._attend(query, key, value)
-            return attend_within(packed_seq_params, self._attend, query, key, value)
+            return attend_within(stretches, self._attend, query, key, value)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Return [T, B, H * K], causal over the T tokens."""
@@ -62,3 +73,62 @@ class CausalAttention(nn.Module):
             enable_gqa=q_BHTK.shape[1] != k_BGTK.shape[1],
         )
         return context_BHTK.permute(2, 0, 1, 3).reshape(length, batch, -1)
+
+
+class FlashAttention(nn.Module):
+    """flash-attn (arXiv 2307.08691), on CUDA in bf16; documents all at once, by their borders."""
+
+    def __init__(self, config: MagnetoConfig, **_: Any) -> None:
+        super().__init__()
+        from flash_attn import flash_attn_func, flash_attn_varlen_func
+
+        self.config, self.dropout = config, config.attention_dropout
+        self._attend, self._attend_within = flash_attn_func, flash_attn_varlen_func
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, stretches: Stretches | None) -> Tensor:
+        """As `CausalAttention.forward`, after xPos. Scores are scaled by K ** -0.5, flash-attn's default."""
+        length, batch = query.shape[:2]
+        heads = [x.transpose(0, 1) for x in (query, key, value)]
+        options: dict[str, Any] = {"dropout_p": self.dropout if self.training else 0.0, "causal": True}
+        with _stream_of_heads(self.config):
+            if stretches is None:
+                context = self._attend(*heads, **options)
+            else:
+                context = self._attend_within(
+                    *(x.flatten(0, 1) for x in heads),
+                    cu_seqlens_q=stretches.cu_seqlens_q,
+                    cu_seqlens_k=stretches.cu_seqlens_kv,
+                    max_seqlen_q=stretches.max_seqlen_q,
+                    max_seqlen_k=stretches.max_seqlen_kv,
+                    **options,
+                )
+        return context.reshape(batch, length, -1).transpose(0, 1).contiguous()
+
+
+class UnfusedAttention(DotProductAttention):
+    """megatron-core's matrix products and softmax, in which apex's softmax has its place. Holds [B, H, T, T].
+
+    It draws dropout from the stream of the heads by itself.
+    """
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, stretches: Stretches | None) -> Tensor:
+        """As `CausalAttention.forward`, after xPos; documents one after the other."""
+        if stretches is None:
+            return self._attend(query, key, value)
+        return attend_within(stretches, self._attend, query, key, value)
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        context: Tensor = super().forward(query, key, value, attention_mask=None)
+        return context
+
+
+_KERNELS: dict[str, type[nn.Module]] = {"sdpa": SdpaAttention, "flash": FlashAttention, "unfused": UnfusedAttention}
+
+
+def _stream_of_heads(config: MagnetoConfig) -> AbstractContextManager[None]:
+    """Draw dropout from the stream that differs between tensor ranks, for heads are shared out over them.
+
+    Under sequence parallelism megatron-core's block has entered that stream already.
+    """
+    stream: AbstractContextManager[None] = nullcontext() if config.sequence_parallel else get_cuda_rng_tracker().fork()
+    return stream

@@ -22,17 +22,10 @@ from torch import Tensor, nn
 
 from megatron_kosmos.config import DecoderConfig, ParallelConfig, TrainingConfig
 from megatron_kosmos.model.attention import CausalAttention
+from megatron_kosmos.model.kernels import PLAIN, Kernels, MagnetoConfig
+from megatron_kosmos.model.layer_norm import ResidualLayerNorm
 from megatron_kosmos.model.sub_layer_norm import SubLNRowParallelLinear
 from megatron_kosmos.model.xpos import XPos
-
-
-class ReplicatedLayerNorm(nn.LayerNorm):
-    """LayerNorm over the residual stream; under sequence parallelism its gradient is summed over the tensor ranks."""
-
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5) -> None:
-        super().__init__(hidden_size, eps, dtype=config.params_dtype)
-        for parameter in self.parameters():
-            parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
 
 class HeadLayerNorm(nn.LayerNorm):
@@ -66,15 +59,20 @@ class BiasedColumnParallelLinear(ColumnParallelLinear):
 
 
 def transformer_config(
-    decoder: DecoderConfig, parallel: ParallelConfig, training: TrainingConfig, chunk_layers: tuple[int, ...]
-) -> TransformerConfig:
+    decoder: DecoderConfig,
+    parallel: ParallelConfig,
+    training: TrainingConfig,
+    chunk_layers: tuple[int, ...],
+    kernels: Kernels = PLAIN,
+) -> MagnetoConfig:
     """Derive megatron-core's configuration. `chunk_layers` lists the decoder layers of every chunk in model order."""
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[training.precision]
     is_interleaved = parallel.virtual_pipeline_parallel_size > 1
     recompute: dict[str, Any] = {}
     if training.recompute == "full":
         recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
-    return TransformerConfig(
+    return MagnetoConfig(
+        kernels=kernels,
         num_layers=decoder.num_layers,
         hidden_size=decoder.width,
         ffn_hidden_size=decoder.ffn_width,
@@ -101,9 +99,9 @@ def transformer_config(
         deallocate_pipeline_outputs=not is_interleaved,
         bias_dropout_fusion=False,  # compiled by torch at start, and never run here; a GPU test has to come first
         bias_activation_fusion=False,
-        masked_softmax_fusion=False,
-        gradient_accumulation_fusion=False,
-        persist_layer_norm=False,
+        masked_softmax_fusion=kernels.softmax == "apex",
+        gradient_accumulation_fusion=kernels.gradient_accumulation == "apex",
+        persist_layer_norm=kernels.layer_norm == "apex",
         **recompute,
     )
 
@@ -114,7 +112,7 @@ def decoder_submodules(decoder: DecoderConfig, num_layers: int) -> TransformerBl
     layer = ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
-            input_layernorm=ReplicatedLayerNorm,
+            input_layernorm=ResidualLayerNorm,
             self_attention=ModuleSpec(
                 module=SelfAttention,
                 params={"attn_mask_type": AttnMaskType.causal},
@@ -127,7 +125,7 @@ def decoder_submodules(decoder: DecoderConfig, num_layers: int) -> TransformerBl
                 ),
             ),
             self_attn_bda=get_bias_dropout_add,
-            pre_mlp_layernorm=ReplicatedLayerNorm,
+            pre_mlp_layernorm=ResidualLayerNorm,
             mlp=ModuleSpec(
                 module=MLP,
                 submodules=MLPSubmodules(linear_fc1=BiasedColumnParallelLinear, linear_fc2=SubLNRowParallelLinear),
@@ -135,7 +133,7 @@ def decoder_submodules(decoder: DecoderConfig, num_layers: int) -> TransformerBl
             mlp_bda=get_bias_dropout_add,
         ),
     )
-    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=ReplicatedLayerNorm)
+    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=ResidualLayerNorm)
 
 
 def _pipeline_layout(chunk_layers: tuple[int, ...]) -> list[list[str]]:

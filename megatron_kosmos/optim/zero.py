@@ -24,6 +24,7 @@ from torch.nn.utils import clip_grads_with_norm_
 from megatron_kosmos.config import RunConfig
 from megatron_kosmos.optim.adamw import build_adamw
 from megatron_kosmos.optim.finalization import finalize_gradients, sum_gradients_while_they_arise, sum_tied_embedding
+from megatron_kosmos.optim.gradient_fusion import accumulate_inside_kernels
 from megatron_kosmos.optim.groups import (
     LEARNING_RATE_SCALE,
     add_placeholders,
@@ -77,6 +78,7 @@ class ZeroOptimizer:
                 mpu=ModelParallelUnit(),
                 dist_init_required=False,
             )
+        accumulate_inside_kernels(chunks, self.optimizer)
         self.state = OptimizerState(self.adamw, self.optimizer, self.stage, topology)
         if self.stage == 0:
             self._keep_norm_of_plain_optimizer()
