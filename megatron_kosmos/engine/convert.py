@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from megatron_kosmos import __version__
 from megatron_kosmos.checkpoint.load import find_latest, read_state, read_tensor_names, read_tensors
@@ -21,8 +22,8 @@ from megatron_kosmos.config import RunConfig, parse_config
 from megatron_kosmos.data.tokenizer import KosmosTokenizer
 from megatron_kosmos.engine.checkpointing import CHECKPOINTS, MODEL_PREFIX
 from megatron_kosmos.engine.verify_export import largest_logit_difference, parameters_by_name, training_model
-from megatron_kosmos.hf import KosmosHFTokenizer
 from megatron_kosmos.hf.export_folder import kosmos_config, kosmos_processor, write_folder
+from megatron_kosmos.hf.load_tokenizer import training_tokenizer
 from megatron_kosmos.hf.model_card import CardFacts, model_card
 from megatron_kosmos.hf.name_map import Entry, check_names, name_table
 from megatron_kosmos.hf.shards import ShardWriter
@@ -83,7 +84,7 @@ def to_hf(source: Path, output: Path, options: ExportOptions = ExportOptions()) 
     shutil.rmtree(writing, ignore_errors=True)
     writing.mkdir(parents=True)
     try:
-        report = _Export(folder, run, writing, options).write(KosmosHFTokenizer.from_pretrained(tokenizer_folder))
+        report = _Export(folder, run, writing, options).write(training_tokenizer(tokenizer_folder))
         _check_difference(report)
         _put_in_place(writing, output)
     finally:
@@ -108,7 +109,7 @@ class _Export:
     def __init__(self, checkpoint: Path, run: RunConfig, writing: Path, options: ExportOptions) -> None:
         self.checkpoint, self.run, self.writing, self.options = checkpoint, run, writing, options
 
-    def write(self, tokenizer: KosmosHFTokenizer) -> ExportReport:
+    def write(self, tokenizer: PreTrainedTokenizerBase) -> ExportReport:
         """Write every file and return the report."""
         config = kosmos_config(self.run.model, tokenizer)
         table = name_table(config, self.run.model.decoder.padded_vocab_size)

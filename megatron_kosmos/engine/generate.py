@@ -11,12 +11,8 @@ from PIL import Image
 
 from megatron_kosmos.data.decoding import decode_image
 from megatron_kosmos.data.errors import DataError
-from megatron_kosmos.hf import (
-    KosmosForConditionalGeneration,
-    KosmosHFTokenizer,
-    KosmosImageProcessor,
-    KosmosProcessor,
-)
+from megatron_kosmos.hf import KosmosForConditionalGeneration, KosmosImageProcessor, KosmosProcessor
+from megatron_kosmos.hf.load_tokenizer import exported_tokenizer
 
 
 class GenerationError(ValueError):
@@ -62,7 +58,7 @@ class Generator:
         model = KosmosForConditionalGeneration.from_pretrained(folder, dtype="auto")
         processor = KosmosProcessor(
             KosmosImageProcessor.from_pretrained(folder),
-            KosmosHFTokenizer.from_pretrained(folder),
+            exported_tokenizer(folder),
             model.config.num_image_tokens,
         )
         return cls(model.to(device or torch.device("cuda" if torch.cuda.is_available() else "cpu")), processor)

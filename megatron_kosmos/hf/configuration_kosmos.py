@@ -8,11 +8,17 @@ from typing import Any
 from transformers import CLIPVisionConfig
 from transformers.configuration_utils import PreTrainedConfig
 
+SWITCHES = {
+    "positions": ("none", "learned", "sinusoidal"),
+    "vision_features": ("hidden", "normalized"),
+    "resampler": ("perceiver", "cross_attention"),
+}
+
 
 class KosmosConfig(PreTrainedConfig):
     """Configuration of `KosmosForConditionalGeneration` (arXiv 2302.14045, section 3.2; the defaults are its sizes).
 
-    Raises ValueError when the heads do not divide each other or the width.
+    Raises ValueError when the heads do not divide each other or the width, or a switch has no such position.
     """
 
     model_type = "megatron_kosmos"
@@ -32,8 +38,12 @@ class KosmosConfig(PreTrainedConfig):
     """T; xPos is centred at half of it, and learned positions end with it."""
     xpos: bool = True
     """Rotate queries and keys by position, with decay (arXiv 2212.10554)."""
-    learned_positions: bool = False
-    """Add a learned embedding of the position to the input."""
+    positions: str = "none"
+    """What is added to the input: "none", a "learned" embedding of the position, or "sinusoidal" ones (KOSMOS-2)."""
+    scale_embeddings: bool = False
+    """Multiply the input, images included, by sqrt(hidden_size) before positions are added (KOSMOS-2)."""
+    query_key_norm: bool = False
+    """Normalize each head's queries and keys, before xPos (arXiv 2302.05442, section 2)."""
     dropout: float | int = 0.1
     attention_dropout: float | int = 0.1
     layer_norm_eps: float = 1e-5
@@ -41,10 +51,18 @@ class KosmosConfig(PreTrainedConfig):
     """Standard deviation of fresh weights; an exported folder brings trained ones."""
     vision_config: Any = None
     """A `CLIPVisionConfig`, or its values; None takes its defaults."""
-    resampler_depth: int = 2
+    vision_features: str = "hidden"
+    """What the resampler reads of every patch: the last layer's "hidden" state, or that "normalized" by the
+    post-LayerNorm and its L2 norm (KOSMOS-2)."""
+    resampler: str = "perceiver"
+    """Flamingo's "perceiver", or KOSMOS-2's "cross_attention"."""
     resampler_num_heads: int = 8
+    resampler_depth: int = 2
+    """Layers of a perceiver, like the next two sizes; a cross-attention is one, of the decoder's width."""
     resampler_head_size: int = 64
     resampler_ffn_multiplier: int = 4
+    resampler_attention_dropout: float | int = 0.1
+    """Dropout of a cross-attention's weights, in training."""
     num_image_tokens: int = 64
     """L, the embeddings (slots) that stand for an image in the sequence."""
     tie_word_embeddings: bool = False
@@ -61,6 +79,9 @@ class KosmosConfig(PreTrainedConfig):
         if not isinstance(self.vision_config, CLIPVisionConfig):
             self.vision_config = CLIPVisionConfig(**(self.vision_config or {}))
         super().__post_init__(**kwargs)
+        for switch, legal in SWITCHES.items():
+            if getattr(self, switch) not in legal:
+                raise ValueError(f"{switch}={getattr(self, switch)!r} is none of {', '.join(legal)}")
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"hidden_size={self.hidden_size} is not a multiple of num_attention_heads={self.num_attention_heads}"
@@ -69,6 +90,10 @@ class KosmosConfig(PreTrainedConfig):
             raise ValueError(
                 f"num_attention_heads={self.num_attention_heads} is not a multiple of "
                 f"num_key_value_heads={self.num_key_value_heads}"
+            )
+        if self.resampler == "cross_attention" and self.hidden_size % self.resampler_num_heads:
+            raise ValueError(
+                f"hidden_size={self.hidden_size} is not a multiple of resampler_num_heads={self.resampler_num_heads}"
             )
         if self.xpos and self.head_dim % 2:
             raise ValueError(f"xpos rotates pairs: hidden_size / num_attention_heads = {self.head_dim} must be even")

@@ -1,4 +1,4 @@
-"""The text side of KOSMOS: a causal Magneto decoder with xPos, whose keys are cached rotated.
+"""The text side of KOSMOS: a causal Magneto decoder, whose keys are cached normalized and rotated.
 
 Exported folders carry this file: it imports nothing but torch and transformers.
 
@@ -6,6 +6,7 @@ Shape letters: B rows, T tokens of this call, C tokens in the cache and of this 
 G heads of keys and values, K head size.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -19,6 +20,8 @@ from .configuration_kosmos import KosmosConfig
 
 XPOS_SCALE_BASE = 512
 """Tokens over which xPos decays by one factor zeta (torchscale's `scale_base`)."""
+FIRST_SINUSOID = 2
+"""Row of the first token among KOSMOS-2's sinusoids: fairseq keeps row 1 for padding."""
 
 
 def xpos_tables(position_ids: Tensor, head_size: int, centre: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -40,6 +43,18 @@ def rotate_pairs(states: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
     even, odd = states.float().unflatten(-1, (-1, 2)).unbind(-1)
     rotated = torch.stack((even * cosine - odd * sine, odd * cosine + even * sine), dim=-1)
     return rotated.flatten(-2).to(states.dtype)
+
+
+def sinusoids(position_ids: Tensor, width: int) -> Tensor:
+    """Return KOSMOS-2's embeddings [B, T, D] of positions [B, T], in float32: D/2 sines, then D/2 cosines.
+
+    The values are those of transformers' Kosmos2TextSinusoidalPositionalEmbedding, computed and not stored.
+    """
+    half = width // 2
+    index = torch.arange(half, dtype=torch.float32, device=position_ids.device)
+    frequency = torch.exp(index * -(math.log(10_000) / (half - 1)))
+    angle = (position_ids + FIRST_SINUSOID).float()[..., None] * frequency
+    return torch.cat((angle.sin(), angle.cos()), dim=-1)
 
 
 def eager_attention(
@@ -69,6 +84,9 @@ class KosmosAttention(nn.Module):
         self.q_proj = nn.Linear(config.hidden_size, config.hidden_size)
         self.k_proj = nn.Linear(config.hidden_size, config.num_key_value_heads * config.head_dim)
         self.v_proj = nn.Linear(config.hidden_size, config.num_key_value_heads * config.head_dim)
+        if config.query_key_norm:
+            self.q_layernorm = nn.LayerNorm(config.head_dim, eps=config.layer_norm_eps)
+            self.k_layernorm = nn.LayerNorm(config.head_dim, eps=config.layer_norm_eps)
         self.inner_attn_ln = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
 
@@ -88,6 +106,8 @@ class KosmosAttention(nn.Module):
             projection(hidden_states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
+        if self.config.query_key_norm:
+            query, key = self.q_layernorm(query), self.k_layernorm(key)
         if xpos is not None:
             cosine, sine, scale = xpos
             query = rotate_pairs(query, cosine * scale, sine * scale)
@@ -141,7 +161,7 @@ class KosmosDecoder(nn.Module):
         super().__init__()
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        if config.learned_positions:
+        if config.positions == "learned":
             self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
         self.layers = nn.ModuleList(KosmosDecoderLayer(config, i) for i in range(config.num_hidden_layers))
         self.layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
@@ -157,24 +177,32 @@ class KosmosDecoder(nn.Module):
     ) -> Tensor:
         """Map embeddings [B, T, D] at positions [B, T] to the normalized last states [B, T, D]."""
         config = self.config
-        if config.learned_positions:
-            if int(position_ids.max()) >= config.max_position_embeddings:
-                raise ValueError(
-                    f"position {int(position_ids.max())} has no embedding: this model has learned positions for "
-                    f"max_position_embeddings={config.max_position_embeddings} tokens; shorten the prompt or "
-                    f"max_new_tokens"
-                )
-            inputs_embeds = inputs_embeds + self.embed_positions(position_ids)
+        hidden_states = self.dropout(self._with_positions(inputs_embeds, position_ids))
         xpos = None
         if config.xpos:
             xpos = xpos_tables(position_ids, config.head_dim, config.max_position_embeddings // 2)
         mask = create_causal_mask(config, inputs_embeds, attention_mask, past_key_values)
-        hidden_states = self.dropout(inputs_embeds)
         for layer in self.layers:
             hidden_states = layer(
                 hidden_states, attention_mask=mask, xpos=xpos, past_key_values=past_key_values, **kwargs
             )
         return self.layer_norm(hidden_states)
+
+    def _with_positions(self, inputs_embeds: Tensor, position_ids: Tensor) -> Tensor:
+        """Return embeddings [B, T, D], scaled where the model does so, with what it adds for positions [B, T]."""
+        config = self.config
+        if config.scale_embeddings:
+            inputs_embeds = inputs_embeds * math.sqrt(config.hidden_size)
+        if config.positions == "sinusoidal":
+            return (inputs_embeds + sinusoids(position_ids, config.hidden_size)).to(inputs_embeds.dtype)
+        if config.positions == "none":
+            return inputs_embeds
+        if int(position_ids.max()) >= config.max_position_embeddings:
+            raise ValueError(
+                f"position {int(position_ids.max())} has no embedding: this model has learned positions for "
+                f"max_position_embeddings={config.max_position_embeddings} tokens; shorten the prompt or max_new_tokens"
+            )
+        return inputs_embeds + self.embed_positions(position_ids)
 
 
 class KosmosTextModel(nn.Module):

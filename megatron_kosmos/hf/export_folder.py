@@ -3,14 +3,13 @@
 from pathlib import Path
 
 import torch
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 from transformers.dynamic_module_utils import custom_object_save
 
-from megatron_kosmos.config import ModelConfig
+from megatron_kosmos.config import CrossAttentionConfig, ModelConfig, PerceiverConfig
 from megatron_kosmos.hf import (
     KosmosConfig,
     KosmosForConditionalGeneration,
-    KosmosHFTokenizer,
     KosmosImageProcessor,
     KosmosProcessor,
 )
@@ -20,7 +19,7 @@ MAX_NEW_TOKENS = 64
 """What `generate()` writes at most when it is not told: captions are short."""
 
 
-def kosmos_config(model: ModelConfig, tokenizer: KosmosHFTokenizer) -> KosmosConfig:
+def kosmos_config(model: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> KosmosConfig:
     """Translate a training configuration."""
     decoder, vision, resampler = model.decoder, model.vision, model.resampler
     return KosmosConfig(
@@ -33,7 +32,9 @@ def kosmos_config(model: ModelConfig, tokenizer: KosmosHFTokenizer) -> KosmosCon
         num_key_value_heads=decoder.num_query_groups or decoder.num_heads,
         max_position_embeddings=decoder.max_sequence_length,
         xpos=decoder.xpos,
-        learned_positions=decoder.positions == "learned",
+        positions=decoder.positions,
+        scale_embeddings=decoder.scale_embeddings,
+        query_key_norm=decoder.query_key_norm,
         dropout=decoder.dropout,
         attention_dropout=decoder.attention_dropout,
         layer_norm_eps=decoder.layer_norm_epsilon,
@@ -47,11 +48,11 @@ def kosmos_config(model: ModelConfig, tokenizer: KosmosHFTokenizer) -> KosmosCon
             "patch_size": vision.patch_size,
             "hidden_act": vision.activation,
         },
-        resampler_depth=resampler.depth,
+        vision_features=vision.features,
+        resampler=resampler.kind,
         resampler_num_heads=resampler.num_heads,
-        resampler_head_size=resampler.head_size,
-        resampler_ffn_multiplier=resampler.ffn_multiplier,
         num_image_tokens=resampler.num_latents,
+        **_resampler_sizes(resampler),
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
@@ -60,7 +61,18 @@ def kosmos_config(model: ModelConfig, tokenizer: KosmosHFTokenizer) -> KosmosCon
     )
 
 
-def kosmos_processor(model: ModelConfig, tokenizer: KosmosHFTokenizer) -> KosmosProcessor:
+def _resampler_sizes(resampler: PerceiverConfig | CrossAttentionConfig) -> dict[str, int | float]:
+    """Return what only one kind of resampler has."""
+    if isinstance(resampler, CrossAttentionConfig):
+        return {"resampler_attention_dropout": resampler.attention_dropout}
+    return {
+        "resampler_depth": resampler.depth,
+        "resampler_head_size": resampler.head_size,
+        "resampler_ffn_multiplier": resampler.ffn_multiplier,
+    }
+
+
+def kosmos_processor(model: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> KosmosProcessor:
     """Return the processor that lays out prompts and pictures as training did."""
     side = model.vision.image_size
     image_processor = KosmosImageProcessor(

@@ -82,16 +82,21 @@ def _table(rows: Mapping[str, object]) -> str:
 
 def _sizes(config: KosmosConfig) -> dict[str, object]:
     vision = config.vision_config
-    positions = [name for name, used in (("xPos", config.xpos), ("learned", config.learned_positions)) if used]
+    added = "" if config.positions == "none" else config.positions
+    positions = [name for name in ("xPos" if config.xpos else "", added) if name]
+    is_perceiver = config.resampler == "perceiver"
+    kind = f"perceiver of {config.resampler_depth} layers" if is_perceiver else "one cross-attention"
     return {
         "decoder": f"{config.num_hidden_layers} layers x {config.hidden_size}, ffn {config.intermediate_size}",
-        "attention": f"{config.num_attention_heads} heads, {config.num_key_value_heads} of keys and values",
+        "attention": f"{config.num_attention_heads} heads, {config.num_key_value_heads} of keys and values"
+        f"{', queries and keys normalized' if config.query_key_norm else ''}",
         "positions": " and ".join(positions) or "none",
-        "vocabulary": f"{config.vocab_size}, {'tied' if config.tie_word_embeddings else 'untied'}",
+        "vocabulary": f"{config.vocab_size}, {'tied' if config.tie_word_embeddings else 'untied'}"
+        f"{', embeddings scaled' if config.scale_embeddings else ''}",
         "length": config.max_position_embeddings,
         "vision tower": f"CLIP, {vision.num_hidden_layers} layers x {vision.hidden_size}, patches of "
-        f"{vision.patch_size} on {vision.image_size} x {vision.image_size} pixels",
-        "resampler": f"{config.resampler_depth} layers, {config.num_image_tokens} embeddings a picture",
+        f"{vision.patch_size} on {vision.image_size} x {vision.image_size} pixels, {config.vision_features} features",
+        "resampler": f"{kind}, {config.num_image_tokens} embeddings a picture",
     }
 
 

@@ -1,4 +1,4 @@
-"""KOSMOS-1 for transformers: CLIP vision tower, perceiver resampler and decoder, with generation.
+"""KOSMOS for transformers: CLIP vision tower, resampler and decoder, with generation.
 
 Exported folders carry this file: it imports nothing but torch and transformers.
 
@@ -20,7 +20,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_kosmos import KosmosConfig
 from .decoder_kosmos import KosmosAttention, KosmosDecoderLayer, KosmosTextModel
-from .resampler_kosmos import KosmosResampler
+from .resampler_kosmos import RESAMPLERS, KosmosCrossAttention, KosmosPerceiver
 
 
 class KosmosPreTrainedModel(PreTrainedModel):
@@ -40,8 +40,9 @@ class KosmosPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         """Fill fresh weights from N(0, initializer_range); the vision tower has its own rule."""
         super()._init_weights(module)
-        if isinstance(module, KosmosResampler):
+        if isinstance(module, (KosmosPerceiver, KosmosCrossAttention)):
             init.normal_(module.latents, std=self.config.initializer_range)
+        if isinstance(module, KosmosPerceiver):
             init.normal_(module.frame_embedding, std=self.config.initializer_range)
 
 
@@ -56,7 +57,7 @@ class KosmosForConditionalGeneration(KosmosPreTrainedModel, GenerationMixin):
     def __init__(self, config: KosmosConfig):
         super().__init__(config)
         self.vision_tower = CLIPVisionModel._from_config(config.vision_config)
-        self.resampler = KosmosResampler(config)
+        self.resampler = RESAMPLERS[config.resampler](config)
         self.text_model = KosmosTextModel(config)
         self.post_init()
 
@@ -79,6 +80,8 @@ class KosmosForConditionalGeneration(KosmosPreTrainedModel, GenerationMixin):
     def get_image_features(self, pixel_values: Tensor) -> Tensor:
         """Return the embeddings [I, L, D] that stand for images [I, 3, S, S]."""
         patches = self.vision_tower(pixel_values.to(self.resampler.latents.dtype)).last_hidden_state
+        if self.config.vision_features == "normalized":
+            patches = nn.functional.normalize(self.vision_tower.post_layernorm(patches), dim=-1)
         return self.resampler(patches)
 
     @capture_outputs(tie_last_hidden_states=False)

@@ -29,6 +29,8 @@ VOCABULARY_RENAMES = {
 
 LAYER_RENAMES = {
     "input_layernorm": "self_attn_layer_norm",
+    "self_attention.q_layernorm": "self_attn.q_layernorm",
+    "self_attention.k_layernorm": "self_attn.k_layernorm",
     "self_attention.linear_proj.norm": "self_attn.inner_attn_ln",
     "self_attention.linear_proj": "self_attn.out_proj",
     "pre_mlp_layernorm": "final_layer_norm",

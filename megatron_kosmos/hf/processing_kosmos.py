@@ -1,6 +1,6 @@
 """Prompts and pictures to the inputs of `KosmosForConditionalGeneration`, in the format of training.
 
-Exported folders carry this file: it imports nothing but transformers and the tokenizer file beside it.
+Exported folders carry this file: it imports nothing but transformers.
 A picture is `<image>`, L slots that hold the padding id, `</image>` (arXiv 2302.14045, section 2.1).
 """
 
@@ -10,8 +10,7 @@ from typing import Any
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.processing_utils import ProcessorMixin
-
-from .tokenization_kosmos import KosmosHFTokenizer
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 
 class KosmosImageProcessor(CLIPImageProcessorPil):
@@ -27,7 +26,7 @@ class KosmosProcessor(ProcessorMixin):
     def __init__(
         self,
         image_processor: KosmosImageProcessor | None = None,
-        tokenizer: KosmosHFTokenizer | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
         num_image_tokens: int = 64,
     ) -> None:
         self.num_image_tokens = num_image_tokens

@@ -1,8 +1,9 @@
-"""The way of an image into KOSMOS: Flamingo's perceiver resampler and the projection to the decoder's width.
+"""The way of an image into KOSMOS: from patch features of any number to L embeddings of the decoder's width.
 
 Exported folders carry this file: it imports nothing but torch and transformers.
 
-Shape letters: I images, P patches (the class token included), E vision width, L latents, D decoder width.
+Shape letters: I images, P patches (the class token included), E vision width, L latents, D decoder width,
+N = P + L.
 """
 
 import torch
@@ -65,7 +66,7 @@ class PerceiverLayer(nn.Module):
         return latents + self.ffn(latents)
 
 
-class KosmosResampler(nn.Module):
+class KosmosPerceiver(nn.Module):
     """Flamingo's perceiver resampler and the projection to the decoder's width."""
 
     def __init__(self, config: KosmosConfig):
@@ -84,3 +85,50 @@ class KosmosResampler(nn.Module):
         for layer in self.layers:
             latents = layer(media, latents)
         return self.projection(self.norm(latents))
+
+
+class CrossAttention(nn.Module):
+    """Multi-head attention with biases, from one sequence to another."""
+
+    def __init__(self, config: KosmosConfig):
+        super().__init__()
+        width = config.hidden_size
+        self.head_size = width // config.resampler_num_heads
+        self.dropout = config.resampler_attention_dropout
+        self.q_proj = nn.Linear(width, width)
+        self.k_proj = nn.Linear(width, width)
+        self.v_proj = nn.Linear(width, width)
+        self.out_proj = nn.Linear(width, width)
+
+    def forward(self, latents: Tensor, media: Tensor) -> Tensor:
+        """Return what latents [I, L, D] read from media [I, N, D]: [I, L, D]."""
+        query, key, value = (
+            states.unflatten(-1, (-1, self.head_size)).transpose(1, 2)
+            for states in (self.q_proj(latents), self.k_proj(media), self.v_proj(media))
+        )
+        dropout = self.dropout if self.training else 0.0
+        attended = nn.functional.scaled_dot_product_attention(query, key, value, dropout_p=dropout)
+        return self.out_proj(attended.transpose(1, 2).flatten(-2))
+
+
+class KosmosCrossAttention(nn.Module):
+    """KOSMOS-2's resampler (arXiv 2306.14824): latents attend once to an image's projected features and themselves."""
+
+    def __init__(self, config: KosmosConfig):
+        super().__init__()
+        self.projection = nn.Linear(config.vision_config.hidden_size, config.hidden_size)
+        self.latents = nn.Parameter(torch.empty(config.num_image_tokens, config.hidden_size))
+        self.attention = CrossAttention(config)
+
+    def forward(self, patches: Tensor) -> Tensor:
+        """Map patch features [I, P, E] to image embeddings [I, L, D]."""
+        features = self.projection(patches)
+        latents = self.latents.expand(len(patches), -1, -1)
+        return self.attention(latents, torch.cat((features, latents), dim=1))
+
+
+RESAMPLERS: dict[str, type[KosmosPerceiver | KosmosCrossAttention]] = {
+    "perceiver": KosmosPerceiver,
+    "cross_attention": KosmosCrossAttention,
+}
+"""By the names that `KosmosConfig.resampler` takes."""

@@ -8,6 +8,7 @@ import pytest
 import sentencepiece
 
 from megatron_kosmos.data.tokenizer_making import TrainingSettings, import_tokenizer, train_tokenizer
+from tests.unit.data.foreign_tokenizers import falcon_like, gpt2_like
 
 TEXT = [
     "An image of a handwritten seven.\nIt has two strokes, <image> or </s> written as text.",
@@ -26,7 +27,7 @@ def _pieces(options: dict[str, Any]) -> bytes:
 
 @pytest.fixture(scope="session")
 def tokenizers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Return folders by name: trained by us, and imported models of T5's, XLM-R's and an awkward kind."""
+    """Return folders by name: trained by us, imported models of T5's, XLM-R's and an awkward kind, and byte-level."""
     root = tmp_path_factory.mktemp("tokenizers")
     train_tokenizer(TEXT, TrainingSettings(vocab_size=340)).save(root / "trained")
     foreign: dict[str, tuple[str, dict[str, Any]]] = {
@@ -40,4 +41,7 @@ def tokenizers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         path.write_bytes(_pieces(options))
         is_t5 = name == "t5"
         import_tokenizer(path, newlines="collapse" if is_t5 else "line", bos_is_eos=is_t5).save(root / name)
-    return {name: root / name for name in ("trained", *foreign)}
+    train_tokenizer(TEXT, TrainingSettings(vocab_size=340, model_type="byte-bpe")).save(root / "byte_bpe")
+    for name, make in {"falcon": falcon_like, "gpt2": gpt2_like}.items():
+        import_tokenizer(make(root / f"{name}_source", TEXT, vocab_size=340)).save(root / name)
+    return {name: root / name for name in ("trained", *foreign, "byte_bpe", "falcon", "gpt2")}

@@ -122,7 +122,7 @@ def test_images_are_encoded_once_and_matter() -> None:
 
 
 def test_positions_count_from_the_first_real_token() -> None:
-    model = tiny_model(learned_positions=True)
+    model = tiny_model(positions="learned")
     row = prompt(0, num_text=MAX_LENGTH - 2, seed=1)
     padded = left_padded([row, prompt(0, num_text=MAX_LENGTH + 20, seed=2)])
     inputs = {key: value[:1] for key, value in padded.items()}  # longer than the model, padding included
@@ -151,12 +151,21 @@ def test_every_parameter_that_takes_part_gets_a_gradient(variant: str, checkpoin
     batch = left_padded([prompt(n, num_text=4, seed=n) for n in (2, 0, 1)])
     model(**batch, labels=batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)).loss.backward()
     without = {name for name, parameter in model.named_parameters() if parameter.grad is None}
-    assert without == {"vision_tower.post_layernorm.weight", "vision_tower.post_layernorm.bias"}
+    is_normalized = model.config.vision_features == "normalized"
+    unused = {"vision_tower.post_layernorm.weight", "vision_tower.post_layernorm.bias"}
+    assert without == (set() if is_normalized else unused)
     assert all(torch.isfinite(p.grad).all() and p.grad.any() for p in model.parameters() if p.grad is not None)
 
 
-def test_dropout_acts_in_training_only() -> None:
-    model = tiny_model(dropout=0.2, attention_dropout=0.2)
+DROPOUTS: dict[str, dict[str, Any]] = {
+    "decoder": {"dropout": 0.2, "attention_dropout": 0.2},
+    "resampler": {"resampler": "cross_attention", "resampler_num_heads": 4, "resampler_attention_dropout": 0.2},
+}
+
+
+@pytest.mark.parametrize("where", DROPOUTS)
+def test_dropout_acts_in_training_only(where: str) -> None:
+    model = tiny_model(**DROPOUTS[where])
     row = prompt(1, num_text=8, seed=4)
     assert torch.equal(model(**row).logits, model(**row).logits)
     model.train()
@@ -231,9 +240,13 @@ def test_slots_and_images_that_do_not_match_are_refused() -> None:
         ({"num_attention_heads": 5}, "hidden_size=32 is not a multiple of num_attention_heads=5"),
         ({"num_key_value_heads": 3}, "num_attention_heads=4 is not a multiple of num_key_value_heads=3"),
         ({"hidden_size": 12}, "xpos rotates pairs"),
+        ({"resampler": "cross_attention", "resampler_num_heads": 5}, "hidden_size=32 is not .* resampler_num_heads=5"),
+        ({"positions": "rotary"}, "positions='rotary' is none of none, learned, sinusoidal"),
+        ({"resampler": "linear"}, "resampler='linear' is none of perceiver, cross_attention"),
+        ({"vision_features": "pooled"}, "vision_features='pooled' is none of hidden, normalized"),
     ],
 )
-def test_sizes_that_do_not_divide_are_refused(changes: dict[str, int], message: str) -> None:
+def test_sizes_that_do_not_divide_and_unknown_switches_are_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         tiny_config(**changes)
 

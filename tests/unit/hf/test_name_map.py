@@ -38,13 +38,15 @@ def test_any_training_tensor_comes_back_but_for_the_padding(variant: str) -> Non
 
 
 def test_training_names_are_those_of_the_contract() -> None:
-    names = {entry.training_name for entry in name_table(tiny_config(learned_positions=True), PADDED)}
+    names = {entry.training_name for entry in name_table(tiny_config(positions="learned", query_key_norm=True), PADDED)}
     for expected in (
         "embedding.word_embeddings.weight",
         "embedding.position_embeddings.weight",
         "output_layer.weight",
         "decoder.layers.1.self_attention.linear_qkv.bias",
         "decoder.layers.1.self_attention.linear_proj.norm.weight",
+        "decoder.layers.0.self_attention.q_layernorm.weight",
+        "decoder.layers.1.self_attention.k_layernorm.bias",
         "decoder.layers.0.mlp.linear_fc2.norm.bias",
         "decoder.layers.0.pre_mlp_layernorm.weight",
         "decoder.final_layernorm.bias",
@@ -53,6 +55,17 @@ def test_training_names_are_those_of_the_contract() -> None:
         "vision_tower.encoder.layers.1.mlp.fc1.weight",
     ):
         assert expected in names
+    kosmos2 = {entry.training_name for entry in name_table(tiny_config(**VARIANTS["kosmos2"]), PADDED)}
+    attention = {
+        f"resampler.attention.{part}_proj.{leaf}" for part in ("q", "k", "v", "out") for leaf in ("weight", "bias")
+    }
+    assert {name for name in kosmos2 if name.startswith("resampler.")} == {
+        *attention,
+        "resampler.latents",
+        "resampler.projection.weight",
+        "resampler.projection.bias",
+    }
+    assert not [name for name in kosmos2 if "position_embeddings" in name]  # sinusoids are computed
     tied = {entry.training_name for entry in name_table(tiny_config(tie_word_embeddings=True), PADDED)}
     assert "output_layer.weight" not in tied
 

@@ -9,22 +9,28 @@ from PIL import Image
 
 from megatron_kosmos.data.images import load_image
 from megatron_kosmos.data.tokenizer import KosmosTokenizer
+from megatron_kosmos.hf.load_tokenizer import exported_tokenizer, training_tokenizer
 from megatron_kosmos.hf.processing_kosmos import KosmosImageProcessor, KosmosProcessor
-from megatron_kosmos.hf.tokenization_kosmos import KosmosHFTokenizer
 
 SIDE, LATENTS = 32, 3
 
 
+@pytest.fixture(params=["trained", "falcon"])
+def kind(request: pytest.FixtureRequest) -> str:
+    """A tokenizer of each library."""
+    return str(request.param)
+
+
 @pytest.fixture
-def processor(tokenizers: dict[str, Path]) -> KosmosProcessor:
+def processor(kind: str, tokenizers: dict[str, Path]) -> KosmosProcessor:
     image_processor = KosmosImageProcessor(size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE})
-    tokenizer = KosmosHFTokenizer.from_pretrained(tokenizers["trained"])
+    tokenizer = training_tokenizer(tokenizers[kind])
     return KosmosProcessor(image_processor, tokenizer, num_image_tokens=LATENTS)
 
 
 @pytest.fixture
-def ours(tokenizers: dict[str, Path]) -> KosmosTokenizer:
-    return KosmosTokenizer.load(tokenizers["trained"])
+def ours(kind: str, tokenizers: dict[str, Path]) -> KosmosTokenizer:
+    return KosmosTokenizer.load(tokenizers[kind])
 
 
 def picture(width: int = 50, height: int = 40, seed: int = 0, mode: str = "RGB") -> Image.Image:
@@ -131,4 +137,4 @@ def test_saving_and_loading_keeps_everything(processor: KosmosProcessor, tmp_pat
     processor.save_pretrained(tmp_path)
     image_processor = KosmosImageProcessor.from_pretrained(tmp_path)
     assert image_processor.to_dict() == processor.image_processor.to_dict()
-    assert KosmosHFTokenizer.from_pretrained(tmp_path).get_vocab() == processor.tokenizer.get_vocab()
+    assert exported_tokenizer(tmp_path).get_vocab() == processor.tokenizer.get_vocab()

@@ -13,9 +13,24 @@ VOCAB, LATENTS, SIDE, MAX_LENGTH = 61, 3, 16, 48
 VARIANTS: dict[str, dict[str, Any]] = {
     "xpos": {},
     "multi_query": {"num_key_value_heads": 1},
-    "grouped_learned": {"num_key_value_heads": 2, "learned_positions": True},
-    "tied_learned_only": {"xpos": False, "learned_positions": True, "tie_word_embeddings": True},
+    "grouped_learned": {"num_key_value_heads": 2, "positions": "learned"},
+    "tied_learned_only": {"xpos": False, "positions": "learned", "tie_word_embeddings": True},
     "tied_xpos": {"tie_word_embeddings": True},
+    "modern": {"num_key_value_heads": 1, "query_key_norm": True},
+    "kosmos2": {
+        "xpos": False,
+        "positions": "sinusoidal",
+        "scale_embeddings": True,
+        "vision_features": "normalized",
+        "resampler": "cross_attention",
+        "resampler_num_heads": 4,
+    },
+    "kosmos2_mixed_with_kosmos1": {
+        "positions": "sinusoidal",
+        "vision_features": "normalized",
+        "query_key_norm": True,
+        "scale_embeddings": True,
+    },
 }
 
 
@@ -59,6 +74,8 @@ def tiny_model(**changes: Any) -> KosmosForConditionalGeneration:
             is_input = "embed_tokens" in name or "resampler.projection" in name
             # A tied model with large embeddings only repeats its last token.
             std = (0.1 if model.config.tie_word_embeddings else 1.0) if is_input else 0.25
+            if "embed_tokens" in name and model.config.scale_embeddings:
+                std /= model.config.hidden_size**0.5
             parameter.normal_(mean=0.7 if is_scale else 0.0, std=std)
     return model
 
