@@ -84,7 +84,7 @@ def decoder_layers_of_chunks(run: RunConfig) -> tuple[int, ...]:
     if run.parallel.chunk_layers is not None:
         return run.parallel.chunk_layers
     costs = training_costs(run)
-    ends = costs.vision_side / costs.layer, costs.output / costs.layer
+    ends = costs.vision_side / costs.mean_layer, costs.output / costs.mean_layer
     parallel = run.parallel
     return balance_layers(
         run.model.decoder.num_layers,

@@ -10,11 +10,11 @@ from torch.profiler import ProfilerActivity, profile, schedule, tensorboard_trac
 from megatron_kosmos.checkpoint.tensors import JSON
 from megatron_kosmos.config import RunConfig
 from megatron_kosmos.engine.checkpointing import CheckpointStore
-from megatron_kosmos.engine.costs import num_frozen_vision_layers
+from megatron_kosmos.engine.costs import training_flops
 from megatron_kosmos.engine.stage import Stage
 from megatron_kosmos.engine.train_step import StepRunner
 from megatron_kosmos.engine.trainer import StepReport
-from megatron_kosmos.observability.flops import model_flops_utilization, peak_flops, training_flops
+from megatron_kosmos.observability.flops import model_flops_utilization, peak_flops
 from megatron_kosmos.observability.metrics import MetricsWriter
 from megatron_kosmos.observability.progress import ProgressLine
 from megatron_kosmos.prompt import SOURCE_KINDS
@@ -64,13 +64,7 @@ class Metrics:
         seconds = self.runner.timers.collect()
         if not report.is_due(self.run.logging.metrics_every) and not report.scalars:
             return
-        flops = training_flops(
-            self.run.model,
-            self.run.data.sequence_length,
-            tokens,
-            result.num_images,
-            num_frozen_vision_layers(self.run),
-        )
+        flops = training_flops(self.run, tokens, result.num_images)
         self.writer.write(
             report.step,
             {

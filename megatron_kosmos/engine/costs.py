@@ -1,17 +1,24 @@
-"""What the pieces of the model cost in a sequence, in counted operations: stages are balanced and described by it.
+"""What the pieces of the model cost, in counted operations: stages are balanced and described by it, and MFU counts it.
 
-How many images a sequence holds is an assumption from the mixture, made before any data is read.
+What a piece costs in a training step follows from what is trained: in it, and below it. How many images a sequence
+holds is an assumption from the mixture, made before any data is read.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from megatron_kosmos.config import RunConfig
+from megatron_kosmos.engine.pieces import PieceKind, pieces
 from megatron_kosmos.observability.flops import (
-    TRAINED,
-    layer_forward_flops_per_token,
-    output_forward_flops_per_token,
-    resampler_forward_flops_per_image,
-    vision_flops_per_image,
+    FORWARD_ONLY,
+    Backward,
+    Products,
+    decoder_layer_products,
+    feature_products,
+    output_products,
+    patch_embedding_products,
+    resampler_products,
+    vision_layer_products,
 )
 from megatron_kosmos.prompt import SOURCE_KINDS
 
@@ -20,38 +27,51 @@ from megatron_kosmos.prompt import SOURCE_KINDS
 class PieceCosts:
     """Operations that one sequence of T tokens, with the images that it may be expected to hold, takes."""
 
-    layer: float
-    """In one decoder layer."""
+    layers: tuple[float, ...]
+    """In each decoder layer."""
     vision_side: float
     """In vision tower, resampler and projection."""
     output: float
     """In the projection to the vocabulary."""
 
+    @property
+    def total(self) -> float:
+        """In the whole model."""
+        return sum(self.layers) + self.vision_side + self.output
+
+    @property
+    def mean_layer(self) -> float:
+        """In a decoder layer, where what is frozen makes them differ."""
+        return sum(self.layers) / len(self.layers)
+
 
 def forward_costs(run: RunConfig) -> PieceCosts:
     """Return the operations of the forward pass."""
-    vision = run.model.vision
-    # What is frozen runs forward only, so this is the forward cost of all of it.
-    tower = vision_flops_per_image(vision, num_frozen_layers=vision.num_layers)
-    layer, output = _forward_of_decoder(run)
-    return PieceCosts(layer, images_per_sequence(run) * (tower + _resampler(run)), output)
+    layer, output = (run.data.sequence_length * products.forward for products in _products_of_a_token(run))
+    image = sum(products.forward for products, _ in _image_work(run))
+    return PieceCosts((layer,) * run.model.decoder.num_layers, images_per_sequence(run) * image, output)
 
 
 def training_costs(run: RunConfig) -> PieceCosts:
     """Return the operations of a training step: forward, backward where there is one, and recomputation."""
-    layer, output = _forward_of_decoder(run)
-    layer_passes = TRAINED + 1 if run.training.recompute == "full" else TRAINED
-    image = vision_flops_per_image(run.model.vision, num_frozen_vision_layers(run)) + TRAINED * _resampler(run)
-    return PieceCosts(layer_passes * layer, images_per_sequence(run) * image, TRAINED * output)
+    layer, output = (products * run.data.sequence_length for products in _products_of_a_token(run))
+    recomputes = run.training.recompute == "full"
+    layers = tuple(
+        layer.training(backward) + layer.forward * (recomputes and backward != FORWARD_ONLY)
+        for backward in _backward(run, "decoder_layer")
+    )
+    return PieceCosts(layers, images_per_sequence(run) * _image(run), output.training(*_backward(run, "output")))
 
 
-def num_frozen_vision_layers(run: RunConfig) -> int:
-    """Return the layers of the vision tower, from the bottom, that nothing below or in them is trained."""
-    freezes, vision = run.optimizer.freezes, run.model.vision
-    if not freezes("vision_tower.embeddings.patch_embedding.weight"):
-        return 0
-    layers = (f"vision_tower.encoder.layers.{number}.mlp.fc1.weight" for number in range(vision.num_layers))
-    return next((number for number, name in enumerate(layers) if not freezes(name)), vision.num_layers)
+def training_flops(run: RunConfig, num_tokens: int, num_images: int) -> int:
+    """Return the operations of a training step over `num_tokens` positions and `num_images` real images.
+
+    Recomputation doesn't count: what is done twice is no more model.
+    """
+    layer, output = _products_of_a_token(run)
+    token = sum(layer.training(backward) for backward in _backward(run, "decoder_layer"))
+    token += output.training(*_backward(run, "output"))
+    return num_tokens * token + num_images * _image(run)
 
 
 def images_per_sequence(run: RunConfig) -> float:
@@ -64,11 +84,39 @@ def images_per_sequence(run: RunConfig) -> float:
     return run.data.sequence_length * images_per_token / sum(weights.values())
 
 
-def _forward_of_decoder(run: RunConfig) -> tuple[int, int]:
-    """Return the forward operations of one layer and of the output projection."""
-    decoder, length = run.model.decoder, run.data.sequence_length
-    return length * layer_forward_flops_per_token(decoder, length), length * output_forward_flops_per_token(decoder)
+def _products_of_a_token(run: RunConfig) -> tuple[Products, Products]:
+    """Return what a token takes in one decoder layer and in the output projection."""
+    decoder = run.model.decoder
+    return decoder_layer_products(decoder, run.data.sequence_length), output_products(decoder)
 
 
-def _resampler(run: RunConfig) -> int:
-    return resampler_forward_flops_per_image(run.model.resampler, run.model.vision, run.model.decoder.width)
+def _image(run: RunConfig) -> int:
+    """Return the operations of a training step on one image."""
+    return sum(products.training(backward) for products, backward in _image_work(run))
+
+
+def _image_work(run: RunConfig) -> Iterator[tuple[Products, Backward]]:
+    """Yield what an image takes in each piece of the vision side, and what is computed there in the backward pass."""
+    vision, resampler, width = run.model.vision, run.model.resampler, run.model.decoder.width
+    (embedding,) = _backward(run, "vision_embedding")
+    yield patch_embedding_products(vision), Backward(of_input=False, of_weights=embedding.of_weights)
+    for backward in _backward(run, "vision_layer"):
+        yield vision_layer_products(vision), backward
+    (tower,), (backward,) = _backward(run, "vision_norm"), _backward(run, "resampler")
+    features = Backward(of_input=tower.of_input, of_weights=backward.of_weights)
+    yield feature_products(resampler, vision, width), features
+    yield resampler_products(resampler, vision, width), backward
+
+
+def _backward(run: RunConfig, kind: PieceKind) -> list[Backward]:
+    """Return what the backward pass computes in each piece of `kind`, from the lowest.
+
+    In a piece that is trained itself gradients go through its products too, for its norms stand below them.
+    """
+    found, is_reached, freezes = [], False, run.optimizer.freezes
+    for piece in pieces(run.model):
+        trains_matrices = not all(map(freezes, piece.matrices))
+        is_reached = is_reached or trains_matrices or not all(map(freezes, piece.others))
+        if piece.kind == kind:
+            found.append(Backward(is_reached, trains_matrices))
+    return found

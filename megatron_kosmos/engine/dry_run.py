@@ -7,7 +7,6 @@ GPUs takes a laptop seconds.
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal, get_args
 
 import torch
 import torch.distributed as dist
@@ -21,13 +20,11 @@ from megatron_kosmos.config import RunConfig
 from megatron_kosmos.engine.builder import build_chunks, derive_transformer_config
 from megatron_kosmos.engine.costs import PieceCosts, forward_costs, images_per_sequence, training_costs
 from megatron_kosmos.engine.memory import RankMemory, memory_formula, rank_memory
-from megatron_kosmos.model.names import NamedParameter, named_parameters
+from megatron_kosmos.engine.trainable import PARTS, Part, Weight, check_groups, trainable_table, weights_of
+from megatron_kosmos.model.kosmos import KosmosModel
+from megatron_kosmos.model.names import named_parameters
 from megatron_kosmos.parallel.stages import Chunk
 from megatron_kosmos.parallel.topology import Topology, build_topology, stop_process_group
-
-Part = Literal["embedding", "vision", "resampler", "decoder", "output"]
-PARTS: tuple[Part, ...] = get_args(Part)
-_PART_OF_NAME: dict[str, Part] = {"vision_tower": "vision", "output_layer": "output"}
 
 
 @dataclass(frozen=True)
@@ -77,6 +74,8 @@ class Plan:
     parts: dict[Part, PartSize]
     """Parameters of the whole model, each counted once."""
     stages: tuple[StagePlan, ...]
+    weights: tuple[Weight, ...]
+    """Every parameter of every stage."""
 
     @property
     def num_microbatches(self) -> int:
@@ -97,31 +96,28 @@ class Plan:
 def plan(run: RunConfig, world_size: int) -> Plan:
     """Build every stage of `run` on the meta device, and describe what `world_size` ranks would hold and do.
 
-    Raises ConfigError where ranks, batch and layout don't fit each other, RuntimeError inside a process group.
+    Raises ConfigError where ranks, batch and layout don't fit each other, or `optimizer.groups` the model; RuntimeError
+    inside a process group.
     """
     dp_size = run.data_parallel_size(world_size)
-    stages = []
-    whole = dict.fromkeys(PARTS, PartSize())
+    costs = forward_costs(run), training_costs(run)
+    stages, whole = [], list[Weight]()
     for pp_rank in range(run.parallel.pipeline_parallel_size):
-        chunks, parameters = _build_stage(run, world_size, pp_rank)
-        forward, training = (
-            _share(chunks, costs, run.model.decoder.num_layers) for costs in (forward_costs(run), training_costs(run))
-        )
-        memory = rank_memory((named.parameter for named in parameters), run, dp_size)
-        tp_size = run.parallel.tensor_parallel_size
-        stages.append(StagePlan(chunks, _parts(parameters, tp_size), memory, forward, training))
-        for part, size in _parts((one for one in parameters if not one.is_tied_copy), tp_size).items():
-            whole[part] += size
-    return Plan(run, world_size, dp_size, whole, tuple(stages))
+        models = _build_stage(run, world_size, pp_rank)
+        chunks, weights = tuple(model.chunk for model in models), weights_of(models)
+        memory = rank_memory((named for model in models for named in named_parameters(model)), run, dp_size)
+        stages.append(StagePlan(chunks, _parts(weights), memory, *(_share(chunks, one) for one in costs)))
+        whole += weights
+    check_groups(run, whole)
+    parts = _parts(weight for weight in whole if not weight.is_tied_copy)
+    return Plan(run, world_size, dp_size, parts, tuple(stages), tuple(whole))
 
 
-def _build_stage(run: RunConfig, world_size: int, pp_rank: int) -> tuple[tuple[Chunk, ...], list[NamedParameter]]:
-    """Return the chunks of a stage, and its parameters on the meta device."""
+def _build_stage(run: RunConfig, world_size: int, pp_rank: int) -> tuple[KosmosModel, ...]:
+    """Return the chunks of a stage on the meta device."""
     first_rank = pp_rank * (world_size // run.parallel.pipeline_parallel_size)
     with _pretended_rank(run, first_rank, world_size) as topology, topology.device:
-        models = build_chunks(run, derive_transformer_config(run), topology)
-        parameters = [named for model in models for named in named_parameters(model)]
-        return tuple(model.chunk for model in models), parameters
+        return build_chunks(run, derive_transformer_config(run), topology)
 
 
 @contextmanager
@@ -136,23 +132,23 @@ def _pretended_rank(run: RunConfig, rank: int, world_size: int) -> Iterator[Topo
         stop_process_group()
 
 
-def _parts(parameters: Iterable[NamedParameter], tp_size: int) -> dict[Part, PartSize]:
+def _parts(weights: Iterable[Weight]) -> dict[Part, PartSize]:
     sizes = dict.fromkeys(PARTS, PartSize())
-    for named in parameters:
-        prefix = named.name.partition(".")[0]
-        part: Part = "output" if named.is_tied_copy else _PART_OF_NAME.get(prefix, prefix)  # type: ignore[arg-type]
-        numel = named.parameter.numel() * (1 if named.shard_dim is None else tp_size)
-        sizes[part] += PartSize(trained=numel) if named.parameter.requires_grad else PartSize(frozen=numel)
+    for weight in weights:
+        number = weight.num_elements
+        sizes[weight.part] += PartSize(trained=number) if weight.is_trained else PartSize(frozen=number)
     return sizes
 
 
-def _share(chunks: Iterable[Chunk], costs: PieceCosts, num_layers: int) -> float:
+def _share(chunks: Iterable[Chunk], costs: PieceCosts) -> float:
     """Return the share of the whole model's operations that fall on `chunks`."""
     held = sum(
-        chunk.num_layers * costs.layer + chunk.is_first * costs.vision_side + chunk.is_last * costs.output
+        sum(costs.layers[chunk.first_layer : chunk.first_layer + chunk.num_layers])
+        + chunk.is_first * costs.vision_side
+        + chunk.is_last * costs.output
         for chunk in chunks
     )
-    return held / (num_layers * costs.layer + costs.vision_side + costs.output)
+    return held / costs.total
 
 
 def render(plan: Plan, console: Console) -> None:
@@ -187,13 +183,9 @@ def _batch_table(plan: Plan) -> Table:
 def _model_table(plan: Plan) -> Table:
     decoder = plan.run.model.decoder
     padding = decoder.padded_vocab_size - decoder.vocab_size
-    table = _table("parameters of the model", "part", numbers=("trained", "frozen", "total"))
-    for part, size in plan.parts.items():
-        table.add_row(part, f"{size.trained:,}", f"{size.frozen:,}", f"{size.total:,}")
-    everything = sum(plan.parts.values(), PartSize())
-    table.add_section()
-    table.add_row("all", f"{everything.trained:,}", f"{everything.frozen:,}", f"{everything.total:,}")
-    table.caption = f"with {padding:,} rows of padding\nin each vocabulary matrix"
+    total = sum(plan.parts.values(), PartSize()).total
+    table = trainable_table(plan.run, plan.weights)
+    table.caption = f"{table.caption}\n{total:,} in all, with {padding:,} rows of padding\nin each vocabulary matrix"
     return table
 
 

@@ -9,20 +9,25 @@ For N parameters on a rank, T of them trained, S in tensors too small to be cut,
 | 2 | w·N | 4·T/d | 12·T/d |
 | 3 | w·N/d + w·S | 4·T/d | 12·T/d |
 
-Gradients are fp32 sums in both precisions. Not counted: activations, tables of positions, communication buckets,
-weights that ZeRO 3 has gathered for the moment, a few elements of padding.
+With `optimizer.kind: adamw_8bit` two moments take 2 1/32 bytes instead of 8: a byte each, and an fp32 scale for every
+256 elements; those of embeddings and small tensors keep 8. Gradients are fp32 sums in both precisions. Not counted:
+activations, tables of positions, communication buckets, weights that ZeRO 3 has gathered for the moment, a few elements
+of padding.
 """
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
-from torch import nn
 
 from megatron_kosmos.config import RunConfig
+from megatron_kosmos.model.names import NamedParameter
+from megatron_kosmos.optim.groups import settings_of
 
 _WIDTH = {"fp32": 4, "bf16": 2}
 _GRADIENT, _MASTER, _MOMENTS = 4, 4, 8
+_MOMENTS_8BIT = 2 * (1 + 4 / 256)
 
 
 @dataclass(frozen=True)
@@ -39,24 +44,33 @@ class RankMemory:
         return self.weights + self.gradients + self.optimizer
 
 
-def rank_memory(parameters: Iterable[nn.Parameter], run: RunConfig, dp_size: int) -> RankMemory:
-    """Return what a rank with `parameters`, its tensor-parallel parts, holds under `dp_size` data ranks.
+def rank_memory(named: Iterable[NamedParameter], run: RunConfig, dp_size: int) -> RankMemory:
+    """Return what a rank with the parameters `named`, its tensor-parallel parts, holds under `dp_size` data ranks.
 
     The parameters may be on the meta device, but ZeRO must not have cut them yet.
     """
     stage = run.parallel.zero_stage
-    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in parameters]
-    weights = sum(numel for numel, _ in sizes)
-    trained = sum(numel for numel, is_trained in sizes if is_trained)
-    shared_trained = -(-trained // dp_size)
+    parameters = list(named)
+    trained = [one for one in parameters if one.parameter.requires_grad]
+    weights = sum(one.parameter.numel() for one in parameters)
+    num_trained = sum(one.parameter.numel() for one in trained)
     if stage == 3:
         smallest = DeepSpeedZeroConfig().param_persistence_threshold
-        weights = -(-weights // dp_size) + sum(numel for numel, _ in sizes if numel <= smallest)
+        kept_whole = sum(one.parameter.numel() for one in parameters if one.parameter.numel() <= smallest)
+        weights = -(-weights // dp_size) + kept_whole
+    optimizer = sum(one.parameter.numel() * _state_width(run, _moments_of(one, run)) for one in trained)
     return RankMemory(
         weights=_WIDTH[run.training.precision] * weights,
-        gradients=_GRADIENT * (trained if stage <= 1 else shared_trained),
-        optimizer=_MOMENTS * trained if stage == 0 else (_MASTER + _MOMENTS) * shared_trained,
+        gradients=_GRADIENT * (num_trained if stage <= 1 else -(-num_trained // dp_size)),
+        optimizer=math.ceil(optimizer / (dp_size if stage else 1)),
     )
+
+
+def _moments_of(one: NamedParameter, run: RunConfig) -> float:
+    """Return the bytes of two moments of an element."""
+    if run.optimizer.kind == "adamw" or settings_of(one.name, one.parameter, run.optimizer).keeps_32_bits:
+        return _MOMENTS
+    return _MOMENTS_8BIT
 
 
 def memory_formula(run: RunConfig, dp_size: int) -> str:
@@ -64,7 +78,15 @@ def memory_formula(run: RunConfig, dp_size: int) -> str:
     width, stage = _WIDTH[run.training.precision], run.parallel.zero_stage
     weights = f"{width} N" if stage < 3 else f"{width} N / {dp_size} (and {width} for each that ZeRO doesn't cut)"
     gradients = f"{_GRADIENT} T" if stage <= 1 else f"{_GRADIENT} T / {dp_size}"
-    optimizer = f"{_MOMENTS} T" if stage == 0 else f"{_MASTER + _MOMENTS} T / {dp_size}"
-    return (
-        f"bytes: weights {weights}, gradients {gradients}, optimizer {optimizer}\nN parameters on the rank, T trained"
-    )
+    optimizer = f"{_state_width(run, _MOMENTS):g} T" + (f" / {dp_size}" if stage else "")
+    legend = "N parameters on the rank, T trained"
+    if run.optimizer.kind == "adamw_8bit":
+        optimizer = f"{_state_width(run, _MOMENTS_8BIT):g} (T - E) + {_state_width(run, _MOMENTS):g} E"
+        optimizer = f"({optimizer}) / {dp_size}" if stage else optimizer
+        legend += ", E of those in embeddings and small tensors"
+    return f"bytes: weights {weights}, gradients {gradients}, optimizer {optimizer}\n{legend}"
+
+
+def _state_width(run: RunConfig, moments: float) -> float:
+    """Return the bytes that the optimizer keeps for a parameter: `moments`, and under ZeRO the master."""
+    return moments + (_MASTER if run.parallel.zero_stage else 0)

@@ -14,6 +14,7 @@ from megatron_kosmos.engine.callbacks import Checkpointing, Metrics, Profiling
 from megatron_kosmos.engine.checkpointing import CHECKPOINTS, CheckpointStore
 from megatron_kosmos.engine.heldout import HeldoutEvaluation
 from megatron_kosmos.engine.train_step import StepRunner
+from megatron_kosmos.engine.trainable import trainable_text
 from megatron_kosmos.engine.trainer import Callback, Trainer
 from megatron_kosmos.observability.metrics import MetricsWriter
 from megatron_kosmos.parallel.topology import Topology, build_topology
@@ -24,13 +25,16 @@ logger = logging.getLogger(__name__)
 def train(run: RunConfig, device: torch.device) -> None:
     """Train `run` on every rank of the running process group, from its newest checkpoint if it has one.
 
-    Raises CheckpointError where the checkpoint holds another model or other data, DataError for broken corpora.
+    Raises ConfigError where `optimizer.groups` doesn't fit the model, CheckpointError where the checkpoint holds
+    another model or other data, DataError for broken corpora.
     """
     topology = build_topology(run.parallel, device)
     store = CheckpointStore(run.run_dir / CHECKPOINTS, topology, run.checkpoint.keep_last)
     data = data_fingerprint(run.data)
     stage, first_step = build_stage(run, topology, store, data)
     logger.info("%s: %s", topology.describe(), "from the start" if not first_step else f"resumed at step {first_step}")
+    if dist.get_rank() == 0:
+        logger.info("%s", trainable_text(run, stage.weights))
     if first_step >= run.training.steps:
         logger.info("%s has all its %d steps", run.run_dir, run.training.steps)
         return

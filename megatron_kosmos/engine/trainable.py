@@ -1,5 +1,6 @@
-"""What of the whole model is trained, and with which settings: the check of `optimizer.groups` and the table at start."""
+"""What of the whole model is trained, and how: the check of `optimizer.groups`, and the table at the start of a run."""
 
+import io
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -8,6 +9,7 @@ from typing import Literal, get_args
 
 import torch.distributed as dist
 from rich.box import SIMPLE_HEAD
+from rich.console import Console
 from rich.table import Table
 
 from megatron_kosmos.config import ConfigError, RunConfig
@@ -128,13 +130,15 @@ def rows(run: RunConfig, weights: Iterable[Weight]) -> list[Row]:
 
 def trainable_table(run: RunConfig, weights: Iterable[Weight]) -> Table:
     """Lay out what is trained and how, for 80 columns: numbers of elements, and of tensors in parentheses."""
-    table = Table(
-        "part", "group", title="trainable parameters", title_justify="left", caption_justify="left", box=SIMPLE_HEAD
-    )
-    table.pad_edge = False
-    for header in ("trained", "frozen", "learning rate", "decay"):
+    table = Table("part", "group", title="parameters of the model", box=SIMPLE_HEAD, pad_edge=False)
+    table.title_justify = table.caption_justify = "left"
+    table.collapse_padding = True
+    for column in table.columns:
+        column.no_wrap = True
+    for header in ("trained", "frozen", "rate", "decay"):
         table.add_column(header, justify="right", no_wrap=True)
-    for row in rows(run, weights):
+    everything = rows(run, weights)
+    for row in everything:
         settings = ("", "")
         if row.trained_tensors:
             rate = run.optimizer.learning_rate * learning_rate_scale(run.optimizer, row.group)
@@ -146,11 +150,25 @@ def trainable_table(run: RunConfig, weights: Iterable[Weight]) -> Table:
             _count(row.frozen_elements, row.frozen_tensors),
             *settings,
         )
+    table.add_section()
+    table.add_row(
+        "all",
+        "",
+        _count(sum(row.trained_elements for row in everything), sum(row.trained_tensors for row in everything)),
+        _count(sum(row.frozen_elements for row in everything), sum(row.frozen_tensors for row in everything)),
+    )
     table.caption = (
-        "elements (tensors); group is the number in optimizer.groups; the rate is the\n"
-        "schedule's highest; biases, norms, latents and positions don't decay"
+        "elements (tensors); groups are numbered as in optimizer.groups;\n"
+        "rate is the schedule's highest; biases, norms, latents, positions don't decay"
     )
     return table
+
+
+def trainable_text(run: RunConfig, weights: Iterable[Weight]) -> str:
+    """Return the table as lines of text, for a log."""
+    lines = io.StringIO()
+    Console(file=lines, width=80).print(trainable_table(run, weights))
+    return "\n".join(line.rstrip() for line in lines.getvalue().splitlines())
 
 
 def _count(num_elements: int, num_tensors: int) -> str:

@@ -1,26 +1,26 @@
-"""Counted floating-point operations of a training step, and what share of the hardware's peak they are.
+"""Counted floating-point operations of the model's pieces, and what share of the hardware's peak they are.
 
-Only matrix products count, two operations a multiply-add. A product of the forward pass costs twice that again in the
-backward pass (gradients of its input and of its weight), so trained parts count three times their forward. What the
-hardware does besides does not count: recomputation, padding of the vocabulary, blank images of text-only microbatches.
+Only matrix products count, two operations a multiply-add. What the hardware does besides does not count: padding of the
+vocabulary, blank images of text-only microbatches.
+
+In a training step a product with a weight costs its forward pass once more where its input needs a gradient, and once
+more where the weight is trained. A product of two activations (attention's scores and weighted values) costs twice its
+forward pass more wherever gradients go through it.
 
 Shape letters: T tokens, D decoder width, H heads, K head size, I images, P patches, L latents, E vision width,
 F ffn width, V vocab; G query groups, S image side in pixels.
 """
 
+from dataclasses import dataclass
 from typing import Final
 
 from megatron_kosmos.config import (
     CrossAttentionConfig,
     DecoderConfig,
-    ModelConfig,
     PerceiverConfig,
     ResamplerConfig,
     VisionConfig,
 )
-
-TRAINED: Final = 3
-"""Forward once, backward twice."""
 
 PEAK_BF16_FLOPS: Final = {
     "A100": 312e12,
@@ -33,8 +33,45 @@ PEAK_BF16_FLOPS: Final = {
 """Dense bf16 operations a second by a part of the device's name, from NVIDIA's data sheets; the first match counts."""
 
 
-def layer_forward_flops_per_token(decoder: DecoderConfig, sequence_length: int) -> int:
-    """Return the forward operations of one of T = `sequence_length` tokens in one decoder layer.
+@dataclass(frozen=True)
+class Backward:
+    """What the backward pass computes in a piece of the model."""
+
+    of_input: bool
+    """Gradients go through it: it, or something below it, is trained."""
+    of_weights: bool
+    """Its matrices are trained."""
+
+
+FORWARD_ONLY: Final = Backward(of_input=False, of_weights=False)
+WHOLE: Final = Backward(of_input=True, of_weights=True)
+
+
+@dataclass(frozen=True)
+class Products:
+    """Forward operations of a piece of the model."""
+
+    weights: int
+    """Products with weights."""
+    activations: int = 0
+    """Products of activations with each other."""
+
+    @property
+    def forward(self) -> int:
+        """Operations of the forward pass."""
+        return self.weights + self.activations
+
+    def training(self, backward: Backward) -> int:
+        """Return the operations of forward and backward pass."""
+        activation_passes = 3 if backward.of_input or backward.of_weights else 1
+        return (1 + backward.of_input + backward.of_weights) * self.weights + activation_passes * self.activations
+
+    def __mul__(self, times: int) -> "Products":
+        return Products(self.weights * times, self.activations * times)
+
+
+def decoder_layer_products(decoder: DecoderConfig, sequence_length: int) -> Products:
+    """Return what one of T = `sequence_length` tokens takes in one decoder layer.
 
     qkv 2·D·(D + 2·G·K), output 2·D·D, FFN 4·D·F, and attention's causal half: scores and weighted values are 4·T·D a
     token in full, of which the triangle at and below the diagonal is (T + 1)/2T.
@@ -42,73 +79,65 @@ def layer_forward_flops_per_token(decoder: DecoderConfig, sequence_length: int) 
     groups = decoder.num_query_groups or decoder.num_heads
     projections = 2 * decoder.width * (2 * decoder.width + 2 * groups * decoder.head_size)
     ffn = 4 * decoder.width * decoder.ffn_width
-    attention = 2 * (sequence_length + 1) * decoder.width
-    return projections + ffn + attention
+    return Products(projections + ffn, 2 * (sequence_length + 1) * decoder.width)
 
 
-def output_forward_flops_per_token(decoder: DecoderConfig) -> int:
-    """Return the forward operations of a token in the projection to the vocabulary: 2·D·V."""
-    return 2 * decoder.width * decoder.vocab_size
+def output_products(decoder: DecoderConfig) -> Products:
+    """Return what a token takes in the projection to the vocabulary: 2·D·V."""
+    return Products(2 * decoder.width * decoder.vocab_size)
 
 
-def decoder_forward_flops_per_token(decoder: DecoderConfig, sequence_length: int) -> int:
-    """Return the forward operations of one of T = `sequence_length` tokens, vocabulary projection included."""
-    layers = decoder.num_layers * layer_forward_flops_per_token(decoder, sequence_length)
-    return layers + output_forward_flops_per_token(decoder)
+def patch_embedding_products(vision: VisionConfig) -> Products:
+    """Return what an image takes in the embedding of its patches: 2·(P - 1)·E·3·patch². Images need no gradient."""
+    return Products(2 * (vision.num_patches - 1) * vision.width * 3 * vision.patch_size**2)
 
 
-def vision_flops_per_image(vision: VisionConfig, num_frozen_layers: int) -> int:
-    """Return the operations of one image through the tower: forward, and backward through what is
-    trained: all but the first `num_frozen_layers` layers and what is below them.
+def vision_layer_products(vision: VisionConfig) -> Products:
+    """Return what an image takes in one layer of the tower.
 
-    Per layer, over P tokens: qkv and output 8·P·E², FFN 4·P·E·F, attention 4·P²·E. The patch embedding is
-    2·(P - 1)·E·3·patch²; its input needs no gradient, so training it costs twice its forward, not three times.
+    Over P tokens: qkv and output 8·P·E², FFN 4·P·E·F, attention 4·P²·E.
     """
     width, patches = vision.width, vision.num_patches
-    layer = 8 * patches * width**2 + 4 * patches * width * vision.ffn_width + 4 * patches**2 * width
-    trained_layers = vision.num_layers - num_frozen_layers
-    embedding = 2 * (patches - 1) * width * 3 * vision.patch_size**2
-    embedding_passes = 2 if num_frozen_layers == 0 else 1
-    return layer * (num_frozen_layers + TRAINED * trained_layers) + embedding * embedding_passes
+    return Products(8 * patches * width**2 + 4 * patches * width * vision.ffn_width, 4 * patches**2 * width)
 
 
-def resampler_forward_flops_per_image(resampler: ResamplerConfig, vision: VisionConfig, decoder_width: int) -> int:
-    """Return the forward operations of one image through the resampler, the projection to D included."""
+def feature_products(resampler: ResamplerConfig, vision: VisionConfig, decoder_width: int) -> Products:
+    """Return what an image's features take in a weight that reads them as they are: KOSMOS-2's projection 2·P·E·D.
+
+    The perceiver has none: what it adds and normalizes first is its own.
+    """
+    if isinstance(resampler, PerceiverConfig):
+        return Products(0)
+    return Products(2 * vision.num_patches * vision.width * decoder_width)
+
+
+def resampler_products(resampler: ResamplerConfig, vision: VisionConfig, decoder_width: int) -> Products:
+    """Return what an image takes in the resampler, without `feature_products`."""
     if isinstance(resampler, CrossAttentionConfig):
-        return _cross_attention_forward_flops(resampler, vision, decoder_width)
-    return _perceiver_forward_flops(resampler, vision, decoder_width)
+        return _cross_attention_products(resampler, vision, decoder_width)
+    return _perceiver_products(resampler, vision, decoder_width)
 
 
-def _perceiver_forward_flops(resampler: PerceiverConfig, vision: VisionConfig, decoder_width: int) -> int:
+def _perceiver_products(resampler: PerceiverConfig, vision: VisionConfig, decoder_width: int) -> Products:
     """Per layer, with inner width H·K: queries and output 4·L·E·H·K, keys and values of patches and latents
     4·(P + L)·E·H·K, attention 4·L·(P + L)·H·K, FFN 4·L·E·multiplier·E. Then the projection 2·L·E·D.
     """
     width, latents = vision.width, resampler.num_latents
     keys = vision.num_patches + latents
     inner = resampler.num_heads * resampler.head_size
-    attention = 4 * latents * width * inner + 4 * keys * width * inner + 4 * latents * keys * inner
+    projections = 4 * latents * width * inner + 4 * keys * width * inner
     ffn = 4 * latents * width * resampler.ffn_multiplier * width
-    return resampler.depth * (attention + ffn) + 2 * latents * width * decoder_width
+    return Products(
+        resampler.depth * (projections + ffn) + 2 * latents * width * decoder_width,
+        resampler.depth * 4 * latents * keys * inner,
+    )
 
 
-def _cross_attention_forward_flops(resampler: CrossAttentionConfig, vision: VisionConfig, decoder_width: int) -> int:
-    """The projection 2·P·E·D; then queries and output 4·L·D², keys and values of features and latents 4·(P + L)·D²,
-    attention 4·L·(P + L)·D.
-    """
-    latents, patches = resampler.num_latents, vision.num_patches
-    keys = patches + latents
-    attention = 4 * latents * decoder_width**2 + 4 * keys * decoder_width**2 + 4 * latents * keys * decoder_width
-    return 2 * patches * vision.width * decoder_width + attention
-
-
-def training_flops(
-    model: ModelConfig, sequence_length: int, num_tokens: int, num_images: int, num_frozen_vision_layers: int = 0
-) -> int:
-    """Return the operations of a training step over `num_tokens` positions and `num_images` real images."""
-    per_token = TRAINED * decoder_forward_flops_per_token(model.decoder, sequence_length)
-    resampler = resampler_forward_flops_per_image(model.resampler, model.vision, model.decoder.width)
-    per_image = vision_flops_per_image(model.vision, num_frozen_vision_layers) + TRAINED * resampler
-    return num_tokens * per_token + num_images * per_image
+def _cross_attention_products(resampler: CrossAttentionConfig, vision: VisionConfig, decoder_width: int) -> Products:
+    """Queries and output 4·L·D², keys and values of features and latents 4·(P + L)·D², attention 4·L·(P + L)·D."""
+    latents = resampler.num_latents
+    keys = vision.num_patches + latents
+    return Products(4 * (latents + keys) * decoder_width**2, 4 * latents * keys * decoder_width)
 
 
 def peak_flops(device_name: str) -> float | None:

@@ -6,8 +6,10 @@ import pytest
 
 from megatron_kosmos.config import RunConfig
 from megatron_kosmos.engine.builder import decoder_layers_of_chunks
-from megatron_kosmos.engine.costs import forward_costs, images_per_sequence, num_frozen_vision_layers, training_costs
-from megatron_kosmos.observability.flops import decoder_forward_flops_per_token, training_flops
+from megatron_kosmos.engine.costs import forward_costs, images_per_sequence, training_costs, training_flops
+from megatron_kosmos.engine.dry_run import plan
+from megatron_kosmos.engine.pieces import pieces
+from megatron_kosmos.observability.flops import decoder_layer_products, output_products
 from tests.distributed.tiny import LATENTS, LENGTH, frozen_vision, tiny_run
 
 MIXTURE = [
@@ -31,16 +33,74 @@ def test_images_of_a_sequence_follow_from_the_mixture() -> None:
 def test_pieces_add_up_to_the_whole_model() -> None:
     run = run_with()
     forward, training = forward_costs(run), training_costs(run)
-    layers = run.model.decoder.num_layers
-    assert layers * forward.layer + forward.output == pytest.approx(
-        LENGTH * decoder_forward_flops_per_token(run.model.decoder, LENGTH)
-    )
+    layers, output = decoder_layer_products(run.model.decoder, LENGTH), output_products(run.model.decoder)
+    assert forward.layers == (LENGTH * layers.forward,) * run.model.decoder.num_layers
+    assert forward.output == LENGTH * output.forward
     # The number of images need not be whole, so the step is taken as one of a thousand sequences.
-    step = training_flops(
-        run.model, LENGTH, 1000 * LENGTH, round(1000 * images_per_sequence(run)), num_frozen_vision_layers(run)
+    step = training_flops(run, 1000 * LENGTH, round(1000 * images_per_sequence(run)))
+    assert 1000 * training.total == pytest.approx(step, rel=1e-3)
+
+
+CROSS_ATTENTION = {"model__resampler": {"kind": "cross_attention", "num_latents": LATENTS, "num_heads": 4}}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "xPos": {},
+    "learned positions, tied": {"model__decoder__positions": "learned", "model__decoder__tie_embeddings": True},
+    "normalized features": {"model__vision__features": "normalized", **CROSS_ATTENTION},
+    "query-key norm": {"model__decoder__query_key_norm": True, "model__decoder__num_query_groups": 2},
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_pieces_have_the_names_of_the_model(variant: str) -> None:
+    """They are known before the model is built: so they are written down once more, and held here."""
+    run = tiny_run(**VARIANTS[variant], optimizer__groups=[])
+    of_pieces = [name for piece in pieces(run.model) for name in (*piece.matrices, *piece.others)]
+    trained = {weight.name for weight in plan(run, 1).weights if weight.is_trained}
+    assert set(of_pieces) == trained
+    assert len(of_pieces) == len(trained) + run.model.decoder.tie_embeddings  # the matrix of words has two places
+
+
+def passes(*groups: dict[str, Any], **changes: Any) -> tuple[list[float], float]:
+    """Return each decoder layer's and the output projection's training cost in forward passes of products with weights.
+
+    With an FFN this wide next to nothing goes to attention.
+    """
+    run = tiny_run(optimizer__groups=list(groups), model__decoder__ffn_width=64_000, **changes)
+    forward, training = forward_costs(run), training_costs(run)
+    return (
+        [round(layer / forward.layers[0], 2) for layer in training.layers],
+        training.output / forward.output,
     )
-    pieces = layers * training.layer + training.output + training.vision_side
-    assert 1000 * pieces == pytest.approx(step, rel=1e-3)
+
+
+def frozen(*patterns: str) -> dict[str, Any]:
+    return {"parameters": list(patterns), "frozen": True}
+
+
+@pytest.mark.parametrize(
+    "groups, layers, output",
+    [
+        ([], [3, 3, 3, 3], 3),
+        ([frozen("decoder.*")], [2, 2, 2, 2], 3),
+        ([frozen("decoder.*", "output_layer.*")], [2, 2, 2, 2], 2),
+        ([frozen("vision_tower.*", "resampler.*", "embedding.*")], [3, 3, 3, 3], 3),
+        ([{"parameters": ["decoder.layers.2.*"]}, frozen("*")], [1, 1, 3, 2], 2),
+        ([{"parameters": ["decoder.layers.2.*.bias"]}, frozen("*")], [1, 1, 2, 2], 2),
+        ([{"parameters": ["output_layer.*"]}, frozen("*")], [1, 1, 1, 1], 3),
+    ],
+)
+def test_a_piece_costs_what_is_trained_in_it_and_below_it(
+    groups: list[dict[str, Any]], layers: list[int], output: int
+) -> None:
+    counted_layers, counted_output = passes(*groups)
+    assert counted_layers == pytest.approx(layers, abs=0.01)
+    assert counted_output == output
+
+
+def test_only_what_has_a_backward_pass_is_recomputed() -> None:
+    groups = [{"parameters": ["decoder.layers.2.*"]}, frozen("*")]
+    layers, _ = passes(*groups, training__recompute="full")
+    assert layers == pytest.approx([1, 1, 4, 3], abs=0.01)
 
 
 @pytest.mark.parametrize("frozen_layers", [0, 1, 3])
@@ -49,14 +109,14 @@ def test_forward_costs_do_not_depend_on_what_is_frozen(frozen_layers: int) -> No
 
 
 def test_a_frozen_tower_costs_less_to_train() -> None:
-    trained, frozen = training_costs(run_with(frozen_layers=0)), training_costs(run_with(frozen_layers=3))
-    assert frozen.vision_side < trained.vision_side
-    assert (frozen.layer, frozen.output) == (trained.layer, trained.output)
+    trained, cheaper = training_costs(run_with(frozen_layers=0)), training_costs(run_with(frozen_layers=3))
+    assert cheaper.vision_side < trained.vision_side
+    assert (cheaper.layers, cheaper.output) == (trained.layers, trained.output)
 
 
 def test_recomputation_costs_a_decoder_layer_another_forward_pass() -> None:
     kept, recomputed = training_costs(run_with()), training_costs(run_with(training__recompute="full"))
-    assert recomputed.layer == kept.layer * 4 / 3
+    assert recomputed.mean_layer == kept.mean_layer * 4 / 3
     assert (recomputed.vision_side, recomputed.output) == (kept.vision_side, kept.output)
 
 
@@ -65,8 +125,8 @@ def test_stage_0_gets_more_layers_when_its_tower_has_no_backward_pass() -> None:
     tower = {"model__vision__width": 64, "model__vision__ffn_width": 256, "parallel__pipeline_parallel_size": 2}
     tower |= {"model__decoder__num_layers": 24}
     trained = decoder_layers_of_chunks(run_with(frozen_layers=0, **tower))
-    frozen = decoder_layers_of_chunks(run_with(frozen_layers=3, **tower))
-    assert trained[0] < frozen[0] <= 12
+    cheaper = decoder_layers_of_chunks(run_with(frozen_layers=3, **tower))
+    assert trained[0] < cheaper[0] <= 12
     assert forward_costs(run_with(frozen_layers=0, **tower)) == forward_costs(run_with(frozen_layers=3, **tower))
 
 

@@ -13,8 +13,10 @@ from rich.console import Console
 
 from megatron_kosmos.config import ConfigError, RunConfig, load_config
 from megatron_kosmos.engine.builder import build_chunks, derive_transformer_config
-from megatron_kosmos.engine.dry_run import PARTS, PartSize, Plan, plan, render
+from megatron_kosmos.engine.dry_run import PartSize, Plan, plan, render
 from megatron_kosmos.engine.memory import RankMemory, rank_memory
+from megatron_kosmos.engine.trainable import PARTS
+from megatron_kosmos.model.names import named_parameters
 from megatron_kosmos.parallel.topology import build_topology
 from tests.distributed.harness import run_ranks
 from tests.distributed.tiny import VOCAB, tiny_run
@@ -98,10 +100,10 @@ def test_a_big_plan_takes_no_memory() -> None:
 def what_a_rank_builds(run: RunConfig) -> tuple[int, int, int, RankMemory]:
     topology = build_topology(run.parallel, torch.device("cpu"))
     chunks = build_chunks(run, derive_transformer_config(run), topology)
-    parameters = [parameter for chunk in chunks for parameter in chunk.parameters()]
+    parameters = [named for chunk in chunks for named in named_parameters(chunk)]
     num_layers = sum(chunk.chunk.num_layers for chunk in chunks)
     memory = rank_memory(parameters, run, topology.dp_size)
-    return topology.pp_rank, num_layers, sum(parameter.numel() for parameter in parameters), memory
+    return topology.pp_rank, num_layers, sum(named.parameter.numel() for named in parameters), memory
 
 
 @pytest.mark.distributed

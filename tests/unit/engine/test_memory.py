@@ -1,6 +1,7 @@
 """The formulas of memory.py against what DeepSpeed holds while the tiny model trains."""
 
 import gc
+import math
 from collections.abc import Iterable
 
 import pytest
@@ -12,6 +13,7 @@ from megatron_kosmos.engine.builder import build_chunks, build_stage, derive_tra
 from megatron_kosmos.engine.memory import RankMemory, memory_formula, rank_memory
 from megatron_kosmos.engine.stage import Stage
 from megatron_kosmos.engine.train_step import StepRunner
+from megatron_kosmos.model.names import NamedParameter, named_parameters
 from megatron_kosmos.parallel.topology import build_topology
 from tests.distributed.harness import run_ranks
 from tests.distributed.tiny import rank_batches, tiny_run
@@ -37,7 +39,7 @@ def planned_and_held(run: RunConfig) -> tuple[RankMemory, RankMemory]:
     """What each rank does: plan its memory, then train up to the update and count it."""
     topology = build_topology(run.parallel, torch.device("cpu"))
     chunks = build_chunks(run, derive_transformer_config(run), topology)
-    planned = rank_memory((parameter for chunk in chunks for parameter in chunk.parameters()), run, topology.dp_size)
+    planned = rank_memory((named for chunk in chunks for named in named_parameters(chunk)), run, topology.dp_size)
     del chunks
     batches = rank_batches(0, "tttt", topology.dp_rank, topology.dp_size)
     gc.freeze()  # What lives now is not counted, and the forked parent's pages stay untouched.
@@ -87,8 +89,14 @@ def test_deepspeed_holds_what_the_formula_says(zero_stage: int, precision: str) 
         assert planned.gradients <= held.gradients <= planned.gradients + 20_000
 
 
-MATRIX, VECTOR = nn.Parameter(torch.empty(500, 1000, device="meta")), nn.Parameter(torch.empty(700, device="meta"))
-FROZEN = nn.Parameter(torch.empty(300, 1000, device="meta"), requires_grad=False)
+def named(name: str, *shape: int, requires_grad: bool = True) -> NamedParameter:
+    parameter = nn.Parameter(torch.empty(shape, device="meta"), requires_grad=requires_grad)
+    return NamedParameter(name, parameter, shard_dim=None, is_tied_copy=False)
+
+
+MATRIX, VECTOR = named("output_layer.weight", 500, 1000), named("decoder.final_layernorm.weight", 700)
+FROZEN = named("resampler.projection.weight", 300, 1000, requires_grad=False)
+EMBEDDING = named("embedding.word_embeddings.weight", 100, 1000)
 
 
 @pytest.mark.parametrize(
@@ -109,8 +117,19 @@ def test_bytes_of_a_rank(zero_stage: int, precision: str, weights: int, gradient
     assert memory.total == weights + gradients + optimizer
 
 
+@pytest.mark.parametrize("zero_stage, master, data_ranks", [(0, 0, 1), (1, 4, 4)])
+def test_moments_of_8_bits_take_two_bytes_and_their_scales(zero_stage: int, master: int, data_ranks: int) -> None:
+    run = tiny_run(parallel__zero_stage=zero_stage, training__precision="fp32", optimizer__kind="adamw_8bit")
+    scales = 2 * 4 * 500_000 / 256
+    expected = (master * 600_700 + 2 * 500_000 + scales + 8 * 100_700) / data_ranks
+    memory = rank_memory((MATRIX, VECTOR, FROZEN, EMBEDDING), run, dp_size=4)
+    assert memory.optimizer == math.ceil(expected)
+
+
 def test_the_formula_is_told() -> None:
     assert memory_formula(tiny_run(training__precision="bf16"), 16).startswith(
         "bytes: weights 2 N, gradients 4 T, optimizer 12 T / 16\n"
     )
+    eight_bit = tiny_run(training__precision="bf16", optimizer__kind="adamw_8bit")
+    assert "optimizer (6.03125 (T - E) + 12 E) / 16\n" in memory_formula(eight_bit, 16)
     assert "gradients 4 T / 8" in memory_formula(tiny_run(parallel__zero_stage=2), 8)

@@ -3,21 +3,25 @@
 import pytest
 import torch
 from flamingo_pytorch import PerceiverResampler
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPVisionConfig, CLIPVisionModel
 from transformers.models.kosmos2.configuration_kosmos2 import Kosmos2Config, Kosmos2TextConfig
 from transformers.models.kosmos2.modeling_kosmos2 import Kosmos2ImageToTextProjection, Kosmos2TextForCausalLM
 
-from megatron_kosmos.config import CrossAttentionConfig, DecoderConfig, ModelConfig, PerceiverConfig, VisionConfig
+from megatron_kosmos.config import CrossAttentionConfig, DecoderConfig, PerceiverConfig, VisionConfig
 from megatron_kosmos.observability.flops import (
-    TRAINED,
-    decoder_forward_flops_per_token,
+    FORWARD_ONLY,
+    WHOLE,
+    Backward,
+    decoder_layer_products,
+    feature_products,
     model_flops_utilization,
+    output_products,
+    patch_embedding_products,
     peak_flops,
-    resampler_forward_flops_per_image,
-    training_flops,
-    vision_flops_per_image,
+    resampler_products,
+    vision_layer_products,
 )
 
 DECODER = DecoderConfig(
@@ -25,10 +29,10 @@ DECODER = DecoderConfig(
 )
 VISION = VisionConfig(width=32, ffn_width=96, num_layers=3, num_heads=4, image_size=32, patch_size=8)
 RESAMPLER = PerceiverConfig(kind="perceiver", depth=2, num_latents=6, num_heads=4, head_size=8)
-MODEL = ModelConfig(decoder=DECODER, vision=VISION, resampler=RESAMPLER)
+CROSS_ATTENTION = CrossAttentionConfig(kind="cross_attention", num_latents=6, num_heads=4)
 
 
-def clip_tower(frozen_layers: int) -> CLIPVisionModel:
+def clip_tower(trained: set[int], *, trains_embedding: bool) -> CLIPVisionModel:
     tower = CLIPVisionModel(
         CLIPVisionConfig(
             hidden_size=VISION.width,
@@ -40,9 +44,10 @@ def clip_tower(frozen_layers: int) -> CLIPVisionModel:
             attn_implementation="eager",
         )
     )
-    trained = tower.encoder.layers[frozen_layers:] if frozen_layers else tower
     tower.requires_grad_(False)
-    trained.requires_grad_(True)
+    tower.embeddings.requires_grad_(trains_embedding)
+    for number in trained:
+        tower.encoder.layers[number].requires_grad_(True)
     return tower
 
 
@@ -66,33 +71,63 @@ def test_decoder_and_vocabulary_projection_cost_what_torch_counts_with_half_of_t
     in_full = counter.get_total_flops()
     attention = counter.get_flop_counts()["Global"][torch.ops.aten.bmm]  # eager attention alone multiplies in batches
     causal = in_full - attention + attention * (length + 1) / (2 * length)
-    counted = TRAINED * decoder_forward_flops_per_token(DECODER, length) * num_sequences * length
+    layers = DECODER.num_layers * decoder_layer_products(DECODER, length).training(WHOLE)
+    counted = (layers + output_products(DECODER).training(WHOLE)) * num_sequences * length
     assert counted == pytest.approx(causal, rel=1e-9)
 
 
 def test_query_groups_save_key_and_value_projections_only() -> None:
-    grouped = DECODER.model_copy(update={"num_query_groups": 1})
-    saved = decoder_forward_flops_per_token(DECODER, 48) - decoder_forward_flops_per_token(grouped, 48)
-    assert saved == DECODER.num_layers * 2 * DECODER.width * 2 * (DECODER.width - DECODER.head_size)
+    full, grouped = DECODER, DECODER.model_copy(update={"num_query_groups": 1})
+    saved = decoder_layer_products(full, 48).forward - decoder_layer_products(grouped, 48).forward
+    assert saved == 2 * DECODER.width * 2 * (DECODER.width - DECODER.head_size)
 
 
-@pytest.mark.parametrize("frozen_layers", [0, 1, 2, 3])
-def test_vision_tower_costs_what_torch_counts_whatever_is_frozen(frozen_layers: int) -> None:
+def tower_flops(trained: set[int], *, trains_embedding: bool) -> int:
+    """What the formulas say of a tower of which the layers `trained`, and its embedding or not, are trained."""
+    of_weights = Backward(of_input=False, of_weights=trains_embedding)
+    total, is_reached = patch_embedding_products(VISION).training(of_weights), trains_embedding
+    for number in range(VISION.num_layers):
+        is_reached = is_reached or number in trained
+        total += vision_layer_products(VISION).training(Backward(is_reached, number in trained))
+    return total
+
+
+@pytest.mark.parametrize(
+    "trained, trains_embedding",
+    [({0, 1, 2}, True), ({1, 2}, False), ({2}, False), ({0}, False), ({1}, False), (set(), True), (set(), False)],
+    ids=["all", "upper two", "last", "first", "middle", "embedding", "none"],
+)
+def test_vision_tower_costs_what_torch_counts_whatever_is_frozen(trained: set[int], trains_embedding: bool) -> None:
     num_images = 2
-    tower = clip_tower(frozen_layers)
+    tower = clip_tower(trained, trains_embedding=trains_embedding)
     with FlopCounterMode(display=False) as counter:
         patches: Tensor = tower(torch.randn(num_images, 3, VISION.image_size, VISION.image_size)).last_hidden_state
         if patches.requires_grad:
             patches.sum().backward()
 
-    assert num_images * vision_flops_per_image(VISION, frozen_layers) == pytest.approx(
-        counter.get_total_flops(), rel=1e-9
-    )
+    counted = num_images * tower_flops(trained, trains_embedding=trains_embedding)
+    assert counted == pytest.approx(counter.get_total_flops(), rel=1e-9)
 
 
-def test_resampler_costs_what_torch_counts() -> None:
+RESAMPLING = {"frozen": FORWARD_ONLY, "trained": WHOLE, "gradient goes through": Backward(True, False)}
+
+
+def train_resampler(resampler: nn.Module, of_images: Tensor, case: str) -> int:
+    """Return what torch counts where the resampler is trained or not, and what is below it or not."""
+    resampler.requires_grad_(case == "trained")
+    of_images.requires_grad_(case == "gradient goes through")
+    with FlopCounterMode(display=False) as counter:
+        output = resampler(of_images)
+        output = output[0] if isinstance(output, tuple) else output
+        if output.requires_grad:
+            output.sum().backward()
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("case", RESAMPLING)
+def test_resampler_costs_what_torch_counts(case: str) -> None:
     num_images = 2
-    resampler = PerceiverResampler(
+    perceiver = PerceiverResampler(
         dim=VISION.width,
         depth=RESAMPLER.depth,
         dim_head=RESAMPLER.head_size,
@@ -100,34 +135,39 @@ def test_resampler_costs_what_torch_counts() -> None:
         num_latents=RESAMPLER.num_latents,
         ff_mult=RESAMPLER.ffn_multiplier,
     )
-    projection = torch.nn.Linear(VISION.width, DECODER.width, bias=False)
-    with FlopCounterMode(display=False) as counter:
-        projection(resampler(torch.randn(num_images, 1, VISION.num_patches, VISION.width)))
+    whole = nn.Sequential(perceiver, nn.Linear(VISION.width, DECODER.width, bias=False))
+    counted = train_resampler(whole, torch.randn(num_images, 1, VISION.num_patches, VISION.width), case)
+    expected = num_images * resampler_products(RESAMPLER, VISION, DECODER.width).training(RESAMPLING[case])
+    assert feature_products(RESAMPLER, VISION, DECODER.width).forward == 0
+    inner = RESAMPLER.num_heads * RESAMPLER.head_size
+    expected -= num_images * unneeded(case, RESAMPLER.num_latents, VISION.width, inner)
+    assert counted == pytest.approx(expected, rel=1e-9)
 
-    counted = num_images * resampler_forward_flops_per_image(RESAMPLER, VISION, DECODER.width)
-    assert counted == pytest.approx(counter.get_total_flops(), rel=1e-9)
+
+def unneeded(case: str, num_latents: int, width: int, inner: int) -> int:
+    """Operations less where the first queries come from latents that are frozen: they need no gradient."""
+    if case != "gradient goes through":
+        return 0
+    return 2 * num_latents * width * inner + 2 * num_latents * (VISION.num_patches + num_latents) * inner
 
 
-def test_cross_attention_resampler_costs_what_torch_counts() -> None:
-    num_images, config = 2, CrossAttentionConfig(kind="cross_attention", num_latents=6, num_heads=4)
+@pytest.mark.parametrize("case", RESAMPLING)
+def test_cross_attention_resampler_costs_what_torch_counts(case: str) -> None:
+    num_images = 2
     theirs = Kosmos2Config(
-        text_config={"embed_dim": DECODER.width, "attention_heads": 4},
+        text_config={"embed_dim": DECODER.width, "attention_heads": CROSS_ATTENTION.num_heads},
         vision_config={"hidden_size": VISION.width},
-        latent_query_num=6,
+        latent_query_num=CROSS_ATTENTION.num_latents,
     )
     theirs._attn_implementation = "eager"
-    with FlopCounterMode(display=False) as counter:
-        Kosmos2ImageToTextProjection(theirs)(torch.randn(num_images, VISION.num_patches, VISION.width))
-
-    counted = num_images * resampler_forward_flops_per_image(config, VISION, DECODER.width)
-    assert counted == pytest.approx(counter.get_total_flops(), rel=1e-9)
-
-
-def test_a_step_is_the_sum_of_its_tokens_and_images() -> None:
-    text_only = training_flops(MODEL, sequence_length=48, num_tokens=96, num_images=0)
-    assert text_only == 96 * 3 * decoder_forward_flops_per_token(DECODER, 48)
-    per_image = vision_flops_per_image(VISION, 0) + 3 * resampler_forward_flops_per_image(RESAMPLER, VISION, 64)
-    assert training_flops(MODEL, 48, 96, 5) == text_only + 5 * per_image
+    whole = Kosmos2ImageToTextProjection(theirs)
+    counted = train_resampler(whole, torch.randn(num_images, VISION.num_patches, VISION.width), case)
+    backward = RESAMPLING[case]
+    of_features = Backward(case == "gradient goes through", backward.of_weights)
+    expected = feature_products(CROSS_ATTENTION, VISION, DECODER.width).training(of_features)
+    expected += resampler_products(CROSS_ATTENTION, VISION, DECODER.width).training(backward)
+    expected -= unneeded(case, CROSS_ATTENTION.num_latents, DECODER.width, DECODER.width)
+    assert counted == pytest.approx(num_images * expected, rel=1e-9)
 
 
 def test_a_24_layer_decoder_costs_about_six_operations_a_parameter_and_token() -> None:
@@ -136,7 +176,8 @@ def test_a_24_layer_decoder_costs_about_six_operations_a_parameter_and_token() -
     )
     matrices = 24 * (4 * 2048**2 + 2 * 2048 * 8192) + 64007 * 2048
     attention = 24 * 6 * 2049 * 2048
-    assert 3 * decoder_forward_flops_per_token(paper, 2048) == 6 * matrices + attention
+    layers, output = decoder_layer_products(paper, 2048), output_products(paper)
+    assert 24 * layers.training(WHOLE) + output.training(WHOLE) == 6 * matrices + attention
 
 
 @pytest.mark.parametrize(
