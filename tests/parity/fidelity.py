@@ -18,7 +18,7 @@ BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 LIBRARIES = ("torch", "transformers", "torchscale", "flamingo-pytorch", "megatron-core")
 SMALLEST = 1e-4
 """Size of a tensor below which there is nothing to compare."""
-KEY_BIAS = "k_proj.bias"
+KEY_BIASES = ("k_proj.bias", "k_layernorm.bias")
 """Softmax does not see a shift of all keys: such a gradient is zero, and what is computed of it is rounding."""
 
 
@@ -113,31 +113,33 @@ class Comparison:
 
     def values(self, quantity: str, actual: Tensor, expected: Tensor, bound: float) -> None:
         """Hold the largest difference between two tensors, over the size of the largest element, to `bound`."""
-        self._enter(quantity, {quantity: _difference(quantity, actual, expected, float("inf"))}, bound)
+        size = expected.detach().double().abs().max().item()
+        self._enter(quantity, {quantity: _difference(quantity, actual, expected, size, order=float("inf"))}, bound)
 
     def gradients(self, actual: Mapping[str, Tensor], expected: Mapping[str, Tensor], bound: float) -> None:
         """Hold the norm of each gradient's difference, over the gradient's norm, to `bound`. Names must be the same.
 
-        Every gradient must be there to be compared, except those of key biases, which are compared absolutely.
+        Every gradient must be there to be compared, except those of key biases, whose differences are taken over the
+        norm of the weight's gradient.
         """
         assert actual.keys() == expected.keys(), actual.keys() ^ expected.keys()
-        pairs = {name: (actual[name], theirs) for name, theirs in expected.items()}
-        self._enter("gradients", {name: _difference(name, *pair, order=2.0) for name, pair in pairs.items()}, bound)
+        differences = {}
+        for name, theirs in expected.items():
+            sized = expected[name.removesuffix("bias") + "weight"] if name.endswith(KEY_BIASES) else theirs
+            differences[name] = _difference(name, actual[name], theirs, sized.double().norm().item(), order=2.0)
+        self._enter("gradients", differences, bound)
 
     def _enter(self, quantity: str, differences: Mapping[str, Difference], bound: float) -> None:
         self.record.enter(Row(self.oracle, quantity, self.precision), self.layout, differences, bound)
 
 
-def _difference(name: str, actual: Tensor, expected: Tensor, order: float) -> Difference:
-    """Return the difference of two tensors; `order` is that of the norm for its relative size."""
+def _difference(name: str, actual: Tensor, expected: Tensor, size: float, order: float) -> Difference:
+    """Return the difference of two tensors; what is taken over `size` is its norm of that order."""
     assert actual.shape == expected.shape, f"{name}: {tuple(actual.shape)} and {tuple(expected.shape)}"
-    theirs = expected.detach().double().flatten()
-    difference = actual.detach().double().flatten() - theirs
+    assert size > SMALLEST, f"nothing to compare: {name} is of size {size:.1e}"
+    difference = (actual.detach().double() - expected.detach().double()).flatten()
     assert difference.isfinite().all(), f"{name} is not finite"
-    size = 1.0 if name.endswith(KEY_BIAS) else torch.linalg.vector_norm(theirs, order).item()
-    assert size > SMALLEST, f"nothing to compare: {name} has norm {size:.1e}"
-    relative = torch.linalg.vector_norm(difference, order).item() / size
-    return Difference(difference.abs().max().item(), relative)
+    return Difference(difference.abs().max().item(), torch.linalg.vector_norm(difference, order).item() / size)
 
 
 def is_whole_folder(arguments: Iterable[str], root: Path) -> bool:

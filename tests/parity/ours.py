@@ -69,7 +69,7 @@ def compute_all(cases: Mapping[str, Case]) -> dict[str, Result]:
 
 def compute(case: Case, topology: Topology) -> Result:
     """Load this rank's parts of the weights and compute logits, loss and the gradients of the parameters named."""
-    chunk = load(case, topology)
+    chunk = load(case.run, case.weights, case.precision, topology)
     batch = as_precise(case.batch, case.precision)
     if case.precision == LIFTED:
         logits = chunk.logits(batch)
@@ -82,25 +82,25 @@ def compute(case: Case, topology: Topology) -> Result:
     return Result(logits.detach(), loss.detach(), whole_gradients(chunk, case.weights, topology))
 
 
-def load(case: Case, topology: Topology) -> KosmosModel:
+def load(run: RunConfig, weights: Mapping[str, Tensor], precision: str, topology: Topology) -> KosmosModel:
     """Build this rank's model with its parts of the weights; parameters without one hold noise."""
-    transformer = derive_transformer_config(case.run)
-    dtype = torch.float32 if case.precision == FP32 else torch.float64
+    transformer = derive_transformer_config(run)
+    dtype = torch.float32 if precision == FP32 else torch.float64
     transformer.params_dtype = dtype
-    (chunk,) = build_chunks(case.run, transformer, topology)
+    (chunk,) = build_chunks(run, transformer, topology)
     chunk = chunk.to(dtype).eval()
     named = {named.name: named for named in named_parameters(chunk)}
-    assert case.weights.keys() <= named.keys(), case.weights.keys() - named.keys()
+    assert weights.keys() <= named.keys(), weights.keys() - named.keys()
     with torch.no_grad():
         for name, cut in named.items():
-            if name in case.weights:
-                cut.parameter.copy_(local_part(case.weights[name], cut.shard_dim, chunk))
+            if name in weights:
+                cut.parameter.copy_(local_part(weights[name], cut.shard_dim, chunk))
             else:
                 torch.nn.init.normal_(cut.parameter)  # A part that must not reach what is compared.
-    if case.precision == LIFTED:
+    if precision == LIFTED:
         for module in chunk.modules():
             if isinstance(module, XPos):
-                decoder = case.run.model.decoder
+                decoder = run.model.decoder
                 for name, table in torchscale_tables(decoder.head_size, decoder.max_sequence_length).items():
                     assert module.get_buffer(name).shape == table.shape
                     setattr(module, name, table)

@@ -17,19 +17,14 @@ from megatron_kosmos.data.tokenizer import KosmosTokenizer
 from megatron_kosmos.data.tokenizer_making import TrainingSettings, import_tokenizer, train_tokenizer
 from megatron_kosmos.engine.convert import to_hf
 from megatron_kosmos.engine.generate import Generator
+from tests.distributed.presets import PRESETS, shrunk
 from tests.unit.data.foreign_tokenizers import falcon_like
 from tests.unit.hf.checkpoints import STEP, trained_run
 
 pytestmark = pytest.mark.parity
 
-KOSMOS2: dict[str, Any] = {
-    "model__decoder__xpos": False,
-    "model__decoder__positions": "sinusoidal",
-    "model__decoder__scale_embeddings": True,
-    "model__decoder__tie_embeddings": True,
-    "model__vision__features": "normalized",
-    "model__resampler": {"kind": "cross_attention", "num_latents": 3, "num_heads": 4},
-}
+BF16 = {"training__precision": "bf16"}
+KOSMOS2, MODERN = shrunk("kosmos2"), shrunk("modern")
 VARIANTS: dict[str, dict[str, Any]] = {
     "untied": {},
     "tied": {"model__decoder__tie_embeddings": True},
@@ -39,20 +34,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "multi_query_tied_bf16": {
         "model__decoder__num_query_groups": 1,
         "model__decoder__tie_embeddings": True,
-        "training__precision": "bf16",
+        **BF16,
     },
-    "modern": {
-        "model__decoder__num_query_groups": 1,
-        "model__decoder__query_key_norm": True,
-        "model__decoder__tie_embeddings": True,
-    },
-    "modern_grouped_bf16": {
-        "model__decoder__num_query_groups": 2,
-        "model__decoder__query_key_norm": True,
-        "training__precision": "bf16",
-    },
-    "kosmos2": KOSMOS2,
-    "kosmos2_bf16_untied": KOSMOS2 | {"training__precision": "bf16", "model__decoder__tie_embeddings": False},
+    **{name: shrunk(name) for name in PRESETS},
+    "modern_grouped_bf16": MODERN | BF16 | {"model__decoder__num_query_groups": 2},
+    "kosmos2_untied_bf16": KOSMOS2 | BF16 | {"model__decoder__tie_embeddings": False},
     "sinusoids_with_xpos": {
         "model__decoder__positions": "sinusoidal",
         "model__decoder__scale_embeddings": True,
@@ -121,7 +107,7 @@ print(json.dumps({
 """
 
 
-BY_TOKENIZER = {"sentencepiece": VARIANTS["tied"], "byte_level": KOSMOS2 | VARIANTS["modern"]}
+BY_TOKENIZER = {"sentencepiece": VARIANTS["tied"], "byte_level": KOSMOS2 | {"model__decoder__query_key_norm": True}}
 
 
 @pytest.mark.parametrize("kind", BY_TOKENIZER)
