@@ -57,7 +57,7 @@ class Combination:
 
     def common(self) -> dict[str, Any]:
         """Return what must not depend on the layout."""
-        return self.switches | {"optimizer__groups": FROZEN[self.frozen]}
+        return self.switches | {"optimizer__groups": FROZEN[self.frozen], "optimizer__learning_rate": 1e-3}
 
     def describe(self) -> str:
         """Return what stands in the test's name."""
