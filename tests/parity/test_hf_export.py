@@ -63,7 +63,7 @@ def test_logits_are_those_of_the_training_model(variant: str, tokenizers: dict[s
     trained_run(tmp_path / "run", tokenizer, **VARIANTS[variant])
     report = to_hf(tmp_path / "run", tmp_path / "exported")
     assert report.max_abs_logit_diff is not None
-    assert report.max_abs_logit_diff < 1e-5
+    assert report.max_abs_logit_diff < 2e-5
     assert json.loads((tmp_path / "exported" / "conversion.json").read_text()) == vars(report)
 
 

@@ -9,10 +9,13 @@ from pydoc_data.topics import topics
 from typing import Any
 
 import pytest
+import typer
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
+from typer.testing import CliRunner
 
+from megatron_kosmos.cli import tokenizer as tokenizer_command
 from megatron_kosmos.data.errors import DataError
 from megatron_kosmos.data.tokenizer import KosmosTokenizer
 from megatron_kosmos.data.tokenizer_making import TrainingSettings, find_model, import_tokenizer, train_tokenizer
@@ -213,6 +216,33 @@ def test_missing_bytes_are_refused(sources: dict[str, Path], tmp_path: Path) -> 
 
     with pytest.raises(DataError, match="lacks 1 of the 256 bytes"):
         import_tokenizer(changed(sources["gpt2"], tmp_path, forget))
+
+
+def test_the_commands_import_train_and_inspect(sources: dict[str, Path], tmp_path: Path) -> None:
+    app = typer.Typer()
+    tokenizer_command.register(app)
+    runner = CliRunner()
+
+    def run(*arguments: object) -> str:
+        result = runner.invoke(app, ["tokenizer", *map(str, arguments)])
+        assert result.exit_code == 0, result.output
+        return result.output
+
+    said = run("import", sources["falcon"].parent, "--output", tmp_path / "falcon", "--bos-is-eos")
+    assert "404 ids, newlines: keep" in said  # the 400 of the file, <pad>, <unk>, <image>, </image>
+    assert f"{END} 11  </s> 11  <s> 11" in said
+    text = tmp_path / "text.txt"
+    text.write_text("\n".join(TEXTS))
+    said = run("train", "--input", text, "--output", tmp_path / "own", "--vocab-size", 300, "--model-type", "byte-bpe")
+    assert "300 ids, newlines: keep" in said
+    said = run("inspect", tmp_path / "own", "--text", "a\n<s>")
+    assert "5 tokens" in said
+    result = runner.invoke(
+        app, ["tokenizer", "import", str(sources["gpt2"]), "--output", str(tmp_path / "no"), "--newlines", "line"]
+    )
+    assert isinstance(result.exception, SystemExit)
+    assert "newlines=line" in str(result.exception.code) + result.output
+    assert not (tmp_path / "no").exists()
 
 
 def test_sentencepiece_folders_keep_their_fingerprint(tokenizer: KosmosTokenizer, tmp_path: Path) -> None:

@@ -20,12 +20,14 @@ from megatron_kosmos.checkpoint.save import save_checkpoint
 from megatron_kosmos.cli import convert as convert_command
 from megatron_kosmos.config import ConfigError
 from megatron_kosmos.data.errors import DataError
-from megatron_kosmos.data.tokenizer_making import TrainingSettings, train_tokenizer
+from megatron_kosmos.data.tokenizer_making import TrainingSettings, import_tokenizer, train_tokenizer
 from megatron_kosmos.engine import convert
 from megatron_kosmos.engine.convert import ConversionError, ExportOptions, find_checkpoint, last_metrics, to_hf
 from megatron_kosmos.engine.verify_export import verification_batch
 from megatron_kosmos.hf.name_map import Entry, NameMapError
+from tests.distributed.presets import shrunk
 from tests.distributed.tiny import tiny_run
+from tests.unit.data.foreign_tokenizers import falcon_like
 from tests.unit.hf.checkpoints import STEP, trained_run
 
 TEXT = ["An image of a handwritten seven. Words and numbers, 0 1 2 3 4 5 6 7 8 9.\nAnother line."] * 5
@@ -69,6 +71,20 @@ def test_the_folder_is_complete(run_dir: Path, tmp_path: Path) -> None:
         assert fact in card
     generation = json.loads((tmp_path / "out" / "generation_config.json").read_text())
     assert generation["suppress_tokens"] == [0, 1, 4, 5]
+
+
+def test_a_byte_level_tokenizer_needs_no_code_in_the_folder(tmp_path: Path) -> None:
+    import_tokenizer(falcon_like(tmp_path / "falcon", TEXT, vocab_size=300)).save(tmp_path / "tokenizer")
+    trained_run(tmp_path / "run", tmp_path / "tokenizer", **shrunk("kosmos2"))
+    to_hf(tmp_path / "run", tmp_path / "out", ExportOptions(verify=False))
+    names = left_behind(tmp_path / "out")
+    assert "tokenizer.json" in names
+    assert not {"tokenizer.model", "kosmos_tokenizer.json", "tokenization_kosmos.py"} & set(names)
+    generation = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert (generation["eos_token_id"], generation["suppress_tokens"]) == (11, [300, 301, 303, 304])
+    card = (tmp_path / "out" / "README.md").read_text()
+    for fact in ("| positions | sinusoidal |", "embeddings scaled", "normalized features", "| one cross-attention, 3 "):
+        assert fact in card
 
 
 def test_an_output_that_exists_is_kept_unless_overwriting(run_dir: Path, tmp_path: Path) -> None:
