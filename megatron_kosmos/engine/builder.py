@@ -11,7 +11,7 @@ from megatron_kosmos.config import RunConfig
 from megatron_kosmos.engine.checkpointing import CheckpointStore, restore_optimizer, restore_weights
 from megatron_kosmos.engine.costs import training_costs
 from megatron_kosmos.engine.stage import Stage
-from megatron_kosmos.engine.trainable import check_groups, trains_below, weights_of_model
+from megatron_kosmos.engine.trainable import check_groups, describe_changes, trains_below, weights_of_model
 from megatron_kosmos.model.initialization import initialize
 from megatron_kosmos.model.kernels import PLAIN, Kernels, choose_kernels
 from megatron_kosmos.model.kosmos import KosmosModel
@@ -20,6 +20,8 @@ from megatron_kosmos.model.names import TIED_EMBEDDING, named_parameters
 from megatron_kosmos.optim.zero import ZeroOptimizer
 from megatron_kosmos.parallel.stages import balance_layers, chunks_of_stage
 from megatron_kosmos.parallel.topology import Topology
+
+logger = logging.getLogger(__name__)
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +51,8 @@ def build_stage(
             initialize(chunk, run.training.seed)
     else:
         restore_weights(named, snapshot)
+        for change in describe_changes(weights, snapshot.trained):
+            logger.info("%s", change)
     for chunk in chunks:
         chunk.to(topology.device)
     names = {one.parameter: one.name for chunk in chunks for one in named_parameters(chunk)}

@@ -3,6 +3,11 @@
 A checkpoint holds, for every parameter under its global name, `model/NAME` (the fp32 master; the weight itself where it
 is not trained) and `optimizer/NAME/exp_avg` and `/exp_avg_sq`; and as JSON the step, the configuration and the data's
 fingerprint. Everything else follows from the step.
+
+What is frozen may change across a resume. Newly trained parameters start with zero moments. Adam's bias correction
+counts the run's updates, not theirs: with betas of 0.9 and 0.98 and an unchanging gradient their updates are 0.7 times
+the learning rate at first, 1.6 times after some 15 steps, and like all others after some 200. Newly frozen parameters
+keep their weight: the saved master in the precision that the model computes in.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -16,7 +21,7 @@ from torch import Tensor
 
 from megatron_kosmos import __version__
 from megatron_kosmos.checkpoint.errors import CheckpointError
-from megatron_kosmos.checkpoint.load import find_latest, load_checkpoint, read_state
+from megatron_kosmos.checkpoint.load import find_latest, load_checkpoint, read_state, read_tensor_names
 from megatron_kosmos.checkpoint.mesh import CheckpointMesh
 from megatron_kosmos.checkpoint.save import save_checkpoint
 from megatron_kosmos.checkpoint.tensors import JSON, TensorShard
@@ -32,6 +37,8 @@ CHECKPOINTS = "checkpoints"
 
 MODEL_PREFIX = "model/"
 """What weights are named under in a checkpoint, before their global names."""
+
+_OPTIMIZER_PREFIX = "optimizer/"
 
 _NOT_ARCHITECTURE = (
     "dropout",
@@ -55,6 +62,8 @@ class Snapshot:
     """The checkpoint's JSON."""
     parameters: Mapping[str, ParameterState]
     """By global name."""
+    trained: frozenset[str]
+    """Names of the whole model's parameters that were trained when it was saved."""
 
     @property
     def step(self) -> int:
@@ -103,10 +112,10 @@ class CheckpointStore:
                 f"{folder} was trained on other data: corpora, weights, tokenizer or sequence length have changed, so "
                 f"the run can't go on where it was; restore data.* or start a new run_dir"
             )
-        parameters: dict[str, ParameterState] = {}
-        for one in named:
-            keys = (MASTER, *MOMENTS) if one.parameter.requires_grad else (MASTER,)
-            parameters[one.name] = {key: torch.empty(one.parameter.shape, dtype=torch.float32) for key in keys}
+        trained = _trained_names(folder)
+        parameters = {
+            one.name: _empty_state(one, (MASTER, *MOMENTS) if one.name in trained else (MASTER,)) for one in named
+        }
         shard_dims = {one.name: one.shard_dim for one in named}
         shards = [
             TensorShard(_tensor_name(name, key), tensor, shard_dims[name])
@@ -114,7 +123,10 @@ class CheckpointStore:
             for key, tensor in tensors.items()
         ]
         load_checkpoint(folder, shards, self.mesh)
-        return Snapshot(state, parameters)
+        for one in named:
+            if one.parameter.requires_grad and one.name not in trained:
+                parameters[one.name] |= {key: torch.zeros_like(parameters[one.name][MASTER]) for key in MOMENTS}
+        return Snapshot(state, parameters, trained)
 
     def _shards_to_save(self, stage: Stage) -> Iterator[TensorShard]:
         """Yield this data rank's share of what its stage holds.
@@ -149,8 +161,18 @@ def restore_optimizer(stage: Stage, snapshot: Snapshot) -> None:
     stage.optimizer.state.set_updates(snapshot.updates)
 
 
+def _empty_state(one: NamedParameter, keys: Iterable[str]) -> ParameterState:
+    return {key: torch.empty(one.parameter.shape, dtype=torch.float32) for key in keys}
+
+
+def _trained_names(folder: Path) -> frozenset[str]:
+    """Return the parameters that have moments in a checkpoint."""
+    parts = (name.removeprefix(_OPTIMIZER_PREFIX).rpartition("/") for name in read_tensor_names(folder))
+    return frozenset(name for name, _, key in parts if key in MOMENTS)
+
+
 def _tensor_name(name: str, key: str) -> str:
-    return MODEL_PREFIX + name if key == MASTER else f"optimizer/{name}/{key}"
+    return MODEL_PREFIX + name if key == MASTER else f"{_OPTIMIZER_PREFIX}{name}/{key}"
 
 
 def _check_order(folder: Path, state: Mapping[str, Any], run: RunConfig) -> None:
@@ -166,12 +188,17 @@ def _check_order(folder: Path, state: Mapping[str, Any], run: RunConfig) -> None
 
 def _check_architecture(folder: Path, state: Mapping[str, Any], run: RunConfig) -> None:
     """Refuse a checkpoint of another network, naming the fields that differ."""
-    current = run.model_dump(mode="json")["model"]
+    saved, current = state["config"]["model"], run.model_dump(mode="json")["model"]
     differing = [
-        f"model.{part}.{field}: {value!r} in the checkpoint, {current[part].get(field)!r} now"
-        for part, fields in state["config"]["model"].items()
-        for field, value in fields.items()
-        if current[part].get(field) != value and field not in _NOT_ARCHITECTURE
+        f"model.{part}.{field}: {_shown(saved[part], field)} in the checkpoint, {_shown(current[part], field)} now"
+        for part in current
+        # Which fields a part has may depend on its kind.
+        for field in dict.fromkeys((*saved[part], *current[part]))
+        if field not in _NOT_ARCHITECTURE and _shown(saved[part], field) != _shown(current[part], field)
     ]
     if differing:
         raise CheckpointError(f"{folder} holds another model:\n  " + "\n  ".join(differing))
+
+
+def _shown(fields: Mapping[str, Any], name: str) -> str:
+    return repr(fields[name]) if name in fields else "absent"

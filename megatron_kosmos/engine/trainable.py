@@ -1,7 +1,7 @@
 """What of the whole model is trained, and how: the check of `optimizer.groups`, and the table at the start of a run."""
 
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
@@ -95,6 +95,25 @@ def _closest(pattern: str, names: Sequence[str]) -> str:
 def trains_below(weights: Iterable[Weight], chunk: int) -> bool:
     """Whether a chunk before number `chunk` holds a trained weight."""
     return any(weight.is_trained and weight.chunk < chunk for weight in weights)
+
+
+def describe_changes(weights: Sequence[Weight], trained_before: Collection[str]) -> list[str]:
+    """Say what of the model is newly trained and what is newly frozen, since `trained_before` were trained."""
+    numbers = {weight.name: weight.num_elements for weight in weights}
+    trained = {weight.name for weight in weights if weight.is_trained}
+    changes = {
+        "newly trained, with moments of zero": [name for name in numbers if name in trained - set(trained_before)],
+        "newly frozen, as saved": [name for name in numbers if name in set(trained_before) - trained],
+    }
+    return [
+        f"{what}: {len(names)} tensors of {sum(numbers[name] for name in names):,} elements, {_listed(names)}"
+        for what, names in changes.items()
+        if names
+    ]
+
+
+def _listed(names: Sequence[str], most: int = 8) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 @dataclass

@@ -1,5 +1,7 @@
 """A resumed run goes on as if it had never stopped: same layout, bit for bit."""
 
+import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -7,13 +9,16 @@ import pytest
 import torch
 
 from megatron_kosmos.checkpoint.errors import CheckpointError
+from megatron_kosmos.checkpoint.folders import complete_folder
+from megatron_kosmos.checkpoint.load import read_tensors
+from megatron_kosmos.checkpoint.manifest import STATE_FILE, FileRecord, Manifest
 from megatron_kosmos.config import RunConfig
 from megatron_kosmos.engine.builder import build_stage
 from megatron_kosmos.engine.checkpointing import CheckpointStore
 from megatron_kosmos.engine.train_step import StepRunner
 from megatron_kosmos.parallel.topology import build_topology
 from tests.distributed.harness import RankFailure, run_ranks
-from tests.distributed.tiny import rank_batches, tiny_run
+from tests.distributed.tiny import LATENTS, rank_batches, tiny_run
 
 pytestmark = pytest.mark.distributed
 
@@ -80,3 +85,95 @@ def test_another_architecture_is_refused_with_its_fields(tmp_path: Path) -> None
     assert CheckpointError.__name__ in str(failure.value)
     assert "model.decoder.width: 32 in the checkpoint, 64 now" in str(failure.value)
     assert "model.decoder.ffn_width: 64 in the checkpoint, 128 now" in str(failure.value)
+
+
+FREEZING: dict[str, list[dict[str, Any]]] = {
+    "less": [{"parameters": ["vision_tower.*"], "frozen": True}],
+    "more": [{"parameters": ["decoder.layers.[0-2].*", "resampler.*", "vision_tower.*"], "frozen": True}],
+}
+RESUMED: dict[str, tuple[int, dict[str, Any]]] = {
+    "dp2_zero1_bf16": (2, {"training__precision": "bf16"}),
+    "dp2_zero3": (2, {"parallel__zero_stage": 3}),
+    "pp2": (2, {"parallel__pipeline_parallel_size": 2}),
+}
+
+
+def state_after_resume(run: RunConfig, root: Path) -> tuple[dict[str, dict[str, torch.Tensor]], int, list[str]]:
+    """Return what a resumed rank has of each parameter, its count of updates and what it logged; then train a step."""
+    messages: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("megatron_kosmos").addHandler(handler)
+    logging.getLogger("megatron_kosmos").setLevel(logging.INFO)
+    topology = build_topology(run.parallel, torch.device("cpu"))
+    stage, start = build_stage(run, topology, CheckpointStore(root, topology, keep_last=1))
+    optimizer = stage.optimizer.state
+    state = {
+        one.name: {key: tensor.clone() for key, tensor in optimizer.read(one.parameter).items()}
+        if one.parameter.requires_grad
+        else {"master": optimizer.frozen_weight(one.parameter).clone()}
+        for one in stage.named
+    }
+    updates = optimizer.updates
+    batches = rank_batches(start, "timm", topology.dp_rank, topology.dp_size)
+    result = StepRunner(run, stage, topology).train(start, batches)
+    assert result.grad_norm > 0
+    return state, updates, messages
+
+
+@pytest.mark.parametrize("layout", RESUMED)
+@pytest.mark.parametrize(("before", "after"), [("less", "more"), ("more", "less")])
+def test_what_is_frozen_may_change(before: str, after: str, layout: str, tmp_path: Path) -> None:
+    world_size, changes = RESUMED[layout]
+    saving = tiny_run(**changes, optimizer__groups=FREEZING[before])
+    run_ranks(train_rank, world_size, saving, tmp_path, 2, 2)
+    saved = dict(read_tensors(complete_folder(tmp_path, 2)))
+    run = tiny_run(**changes, optimizer__groups=FREEZING[after])
+    ranks = run_ranks(state_after_resume, world_size, run, tmp_path)
+
+    state = {name: tensors for of_rank, _, _ in ranks for name, tensors in of_rank.items()}
+    assert {f"model/{name}" for name in state} == {name for name in saved if name.startswith("model/")}
+    was_trained = {name for name in state if f"optimizer/{name}/exp_avg" in saved}
+    newly_trained = {name for name, tensors in state.items() if len(tensors) == 3} - was_trained
+    assert bool(newly_trained) == (after == "less")
+    for name, tensors in state.items():
+        expected = {"master": saved[f"model/{name}"]}
+        if "exp_avg" in tensors:
+            zero = torch.zeros_like(expected["master"])
+            expected |= {key: saved.get(f"optimizer/{name}/{key}", zero) for key in ("exp_avg", "exp_avg_sq")}
+        elif run.training.precision == "bf16":
+            expected["master"] = expected["master"].bfloat16()
+        assert tensors.keys() == expected.keys()
+        assert all(torch.equal(tensors[key], expected[key]) for key in expected), name
+
+    assert {updates for _, updates, _ in ranks} == {1}  # the second step had no target
+    what = "newly trained, with moments of zero" if after == "less" else "newly frozen, as saved"
+    number = len(newly_trained) or len(was_trained - {name for name, tensors in state.items() if len(tensors) == 3})
+    for _, _, messages in ranks:
+        (message,) = [message for message in messages if "newly" in message]
+        assert message.startswith(f"{what}: {number} tensors of ")
+
+
+def test_a_checkpoint_without_a_weight_of_the_model_is_refused(tmp_path: Path) -> None:
+    """Also where the weight that it lacks would be newly trained: moments may be missing, weights may not."""
+    run = tiny_run(model__decoder__num_layers=3)
+    run_ranks(train_rank, 1, run, tmp_path, 1, 1)
+    folder = complete_folder(tmp_path, 1)
+    state = json.loads((folder / STATE_FILE).read_text())
+    state["config"]["model"]["decoder"]["num_layers"] = 4
+    (folder / STATE_FILE).write_text(json.dumps(state))
+    manifest = Manifest.read(folder)
+    files = manifest.files | {STATE_FILE: FileRecord.of(folder / STATE_FILE)}
+    manifest.model_copy(update={"files": files}).write(folder)
+    with pytest.raises(RankFailure, match=r"model/decoder\.layers\.3\.\S+ \[.*\] is missing from the checkpoint"):
+        run_ranks(train_rank, 1, tiny_run(), tmp_path, 2, None)
+
+
+def test_another_kind_of_resampler_is_refused_with_its_fields(tmp_path: Path) -> None:
+    run_ranks(train_rank, 1, tiny_run(), tmp_path, 1, 1)
+    other = {"kind": "cross_attention", "num_latents": LATENTS, "num_heads": 4}
+    with pytest.raises(RankFailure) as failure:
+        run_ranks(train_rank, 1, tiny_run(model__resampler=other), tmp_path, 2, None)
+    assert "model.resampler.kind: 'perceiver' in the checkpoint, 'cross_attention' now" in str(failure.value)
+    assert "model.resampler.depth: 2 in the checkpoint, absent now" in str(failure.value)
+    assert "attention_dropout" not in str(failure.value)
