@@ -4,15 +4,18 @@ from megatron_kosmos.config import ConfigError, RunConfig
 from megatron_kosmos.data.corpus import data_fingerprint
 from megatron_kosmos.data.manifest import read_manifest
 from megatron_kosmos.data.tokenizer import KosmosTokenizer
+from megatron_kosmos.optim.installed import check_installed
 
 
 def check_before_start(run: RunConfig, world_size: int) -> None:
     """Refuse what cannot run before any process group starts.
 
-    Raises ConfigError for a layout or batch that `world_size` doesn't fit and a vocabulary smaller than the
-    tokenizer's, DataError for a tokenizer or corpora that aren't there or don't belong together.
+    Raises ConfigError for a layout or batch that `world_size` doesn't fit, an optimizer whose library is missing and a
+    vocabulary smaller than the tokenizer's, DataError for a tokenizer or corpora that aren't there or don't belong
+    together.
     """
     run.data_parallel_size(world_size)
+    check_installed(run.optimizer)
     tokenizer = KosmosTokenizer.load(run.data.tokenizer)
     if tokenizer.vocab_size > run.model.decoder.vocab_size:
         raise ConfigError(

@@ -13,9 +13,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from megatron_kosmos.config import ConfigError, OptimizerConfig
+from megatron_kosmos.engine.preflight import check_before_start
 from megatron_kosmos.optim.adamw import MOMENTS, build_adamw, moments_of
 from megatron_kosmos.optim.eight_bit import BLOCK, AdamW8bit, EightBitMoments, dequantize, quantize
 from megatron_kosmos.optim.groups import KEEPS_32_BITS
+from tests.distributed.tiny import tiny_run
 
 SIGNED, UNSIGNED = create_dynamic_map(signed=True), create_dynamic_map(signed=False)
 LENGTHS = (BLOCK * 400, BLOCK * 3 + 17, 5)
@@ -89,6 +91,9 @@ def test_other_values_get_the_nearest_fraction_and_the_largest_stays(fractions: 
         torch.testing.assert_close(block[largest], values_of_block[largest], rtol=1.2e-7, atol=0)
 
 
+LEFT = {length: (EightBitMoments(adamw), parameter) for length in LENGTHS for adamw, parameter in [trained(length)]}
+
+
 @settings(max_examples=40, deadline=None)
 @given(st.data())
 def test_a_part_is_read_as_the_whole_is(data: st.DataObject) -> None:
@@ -99,9 +104,6 @@ def test_a_part_is_read_as_the_whole_is(data: st.DataObject) -> None:
     for name in MOMENTS:
         whole = moments.read(parameter, name, 0, length)
         assert torch.equal(moments.read(parameter, name, start, end - start), whole[start:end])
-
-
-LEFT = {length: (EightBitMoments(adamw), parameter) for length in LENGTHS for adamw, parameter in [trained(length)]}
 
 
 @pytest.mark.parametrize("bits", [8, 32])
@@ -158,4 +160,6 @@ def test_without_bitsandbytes_it_says_how_to_install_it(
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
     with pytest.raises(ConfigError, match=rf"this Python has {found or 'none'}: pip install .*\[eight-bit\]"):
         build_adamw([group], OptimizerConfig(kind="adamw_8bit", learning_rate=1e-2))
+    with pytest.raises(ConfigError, match=r"optimizer\.kind=adamw_8bit needs bitsandbytes >= 0\.50"):
+        check_before_start(tiny_run(optimizer__kind="adamw_8bit"), world_size=1)
     build_adamw([group], OptimizerConfig(learning_rate=1e-2))
