@@ -12,7 +12,6 @@ from megatron.core.tensor_parallel import (
     gather_from_tensor_model_parallel_region,
 )
 from megatron.core.transformer.module import MegatronModule
-from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
@@ -23,6 +22,7 @@ from megatron_kosmos.model.documents import stretches_of
 from megatron_kosmos.model.embedding import SplicedEmbedding
 from megatron_kosmos.model.loss import mask_padded_vocabulary, token_losses
 from megatron_kosmos.model.magneto import decoder_submodules
+from megatron_kosmos.model.recomputation import DecoderBlock
 from megatron_kosmos.model.resampler import PerceiverResampler
 from megatron_kosmos.model.vision import VisionTower
 from megatron_kosmos.parallel.images import gather_image_embeddings, local_images
@@ -53,7 +53,7 @@ class KosmosModel(MegatronModule):
             for parameter in (*self.vision_tower.parameters(), *self.resampler.parameters()):
                 parameter.sees_image_shard = True
             self.embedding = SplicedEmbedding(model.decoder, config)
-        self.decoder = TransformerBlock(
+        self.decoder = DecoderBlock(
             config,
             decoder_submodules(model.decoder, chunk.num_layers),
             pre_process=chunk.is_first,
@@ -82,7 +82,7 @@ class KosmosModel(MegatronModule):
             # No autograd below the lowest trained weight; the schedule still sends a gradient back, and finds zeros.
             hidden_TBD.grad = torch.zeros_like(hidden_TBD)
             hidden_TBD = hidden_TBD.detach()
-        self.decoder.set_input_tensor(None if hidden_TBD is None else self._decoder_input(hidden_TBD))
+        self.decoder.set_input_tensor(hidden_TBD)
 
     def forward(self, batch: MultimodalBatch, wants_logits: bool = False) -> Tensor:
         """Return hidden states [T, B, D] to send on; on the last chunk each position's loss [B, T] in nats.
@@ -114,19 +114,8 @@ class KosmosModel(MegatronModule):
         if self.chunk.is_first:
             images_ILD = self.embed_images(batch.images)
             hidden_TBD = self.embedding(batch.input_ids, batch.position_ids, images_ILD, batch.image_positions)
-            hidden_TBD = self._decoder_input(hidden_TBD)
         stretches = stretches_of(batch, batch.input_ids.device)
         return self.decoder(hidden_TBD, attention_mask=None, packed_seq_params=stretches)
-
-    def _decoder_input(self, hidden_TBD: Tensor) -> Tensor:
-        """Return `hidden_TBD` such that the decoder's trained weights get gradients.
-
-        megatron-core's recomputation (reentrant) makes no graph where its input needs no gradient.
-        """
-        recomputes = self.config.recompute_granularity == "full" and torch.is_grad_enabled()
-        if recomputes and any(parameter.requires_grad for parameter in self.decoder.parameters()):
-            return hidden_TBD.requires_grad_()
-        return hidden_TBD
 
     def _local_logits(self, hidden_TBD: Tensor) -> Tensor:
         decoder = self.model_config.decoder
