@@ -58,6 +58,8 @@ def torchscale_decoder(decoder: DecoderConfig, seed: int) -> nn.Module:
         decoder_attention_heads=decoder.num_heads,
         layernorm_eps=decoder.layer_norm_epsilon,
         share_decoder_input_output_embed=decoder.tie_embeddings,
+        dropout=decoder.dropout,
+        attention_dropout=decoder.attention_dropout,
         no_scale_embedding=not decoder.scale_embeddings,
         xpos_rel_pos=decoder.xpos,
         subln=True,

@@ -7,6 +7,8 @@ from torchscale.component.xpos_relative_position import XPOS
 
 import tests.parity.oracles  # noqa: F401 (makes torchscale importable)
 from megatron_kosmos.model.xpos import XPos
+from tests.parity.fidelity import Record
+from tests.parity.ours import FP64
 
 pytestmark = pytest.mark.parity
 
@@ -26,23 +28,28 @@ def rotate(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
     return rotated[0][:, 0, 0], rotated[1][:, 0, 0]
 
 
+BOUND = 1e-6
+ORACLE = f"torchscale `XPOS`, heads of {HEAD_SIZE}, up to {MAX_LENGTH} tokens"
+
+
 def causal(scores: Tensor) -> Tensor:
     return scores[torch.ones_like(scores).tril().bool()]
 
 
 @pytest.mark.parametrize("length", [1, 2, 7, 100, 511, 2048])
-def test_scores_are_those_of_torchscale_at_every_length(length: int) -> None:
+def test_scores_are_those_of_torchscale_at_every_length(fidelity: Record, length: int) -> None:
     query, key = draw(length)
     oracle = XPOS(HEAD_SIZE).double()
     expected = oracle(query[None])[0] @ oracle(key[None], downscale=True)[0].T
     rotated_query, rotated_key = rotate(query, key)
     scores = causal(rotated_query @ rotated_key.T)
+    fidelity.of(ORACLE, FP64).values("scores", scores, causal(expected), BOUND)
     torch.testing.assert_close(scores, causal(expected), rtol=0, atol=1e-5)
     if length > 2:
         assert (scores - causal(query @ key.T)).abs().max() > 1, "positions change scores"
 
 
-def test_a_key_rotated_once_serves_every_later_query() -> None:
+def test_a_key_rotated_once_serves_every_later_query(fidelity: Record) -> None:
     """torchscale rotates its whole cache again for each new token; here rotated keys stay as they are."""
     query, key = draw(40)
     rotated_query, rotated_key = rotate(query, key)
@@ -51,7 +58,7 @@ def test_a_key_rotated_once_serves_every_later_query() -> None:
         keys = oracle(key[None, :length], offset=0, downscale=True)[0]
         expected = oracle(query[None, length - 1 : length], offset=length - 1)[0] @ keys.T
         scores = rotated_query[length - 1 : length] @ rotated_key[:length].T
-        torch.testing.assert_close(scores, expected, rtol=0, atol=1e-5)
+        fidelity.of(ORACLE, FP64).values("scores with cached keys", scores, expected, BOUND)
 
 
 def test_scores_depend_on_the_distance_alone() -> None:
