@@ -93,10 +93,11 @@ def share_settings(groups: dict[Settings, list[nn.Parameter]], group: dist.Proce
 def add_placeholders(
     groups: dict[Settings, list[nn.Parameter]], counts: Iterable[nn.Parameter], example: nn.Parameter
 ) -> list[nn.Parameter]:
-    """Add a zero that is trained, but gets no gradient, to each group without a parameter in `counts`; return them.
+    """Add a zero, trained on gradients of zero, to each group without a parameter in `counts`; return the zeros.
 
     A pipeline stage may train nothing, or nothing of a group. AdamW and DeepSpeed refuse empty groups, and DeepSpeed's
-    norms fail where none of a rank's parameters counts. Like `example` in dtype and device.
+    norms fail where none of a rank's parameters counts. Like `example` in dtype and device. Tensor ranks must add
+    alike, or ZeRO would cut what they hold alike at other places on each.
     """
     counted, placeholders = set(counts), []
     for parameters in groups.values():
