@@ -116,6 +116,14 @@ def test_a_run_that_lost_its_end_goes_on_with_the_same_numbers(
     assert metrics(tmp_path / "run") == metrics(trained)
 
 
+def test_a_run_can_keep_the_documents_of_a_row_apart(trained: Path, settings: list[str], tmp_path: Path) -> None:
+    train(f"run_dir={tmp_path}", "data.document_mask=true", "training.steps=1", *settings, processes=1)
+    (line,) = metrics(tmp_path)
+    assert line["loss"] != metrics(trained)[0]["loss"]
+    assert {"heldout_loss_text", "heldout_loss_caption", "heldout_caption_exact_match"} <= line.keys()
+    assert "kernels: attention sdpa, layer norm torch" in (tmp_path / "logs" / "rank_00000.log").read_text()
+
+
 def test_a_finished_run_does_not_start_again(trained: Path, settings: list[str]) -> None:
     before = metrics(trained)
     train(f"run_dir={trained}", "parallel.pipeline_parallel_size=2", *settings)
