@@ -9,7 +9,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help install quickstart test check clean
+.PHONY: help install quickstart test test-nightly fidelity check clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):.*## */  make \1\t/' | expand -t 22
@@ -21,6 +21,12 @@ quickstart: $(VENV)/.installed ## train, evaluate and export a tiny KOSMOS on re
 
 test: $(VENV)/.installed-for-tests ## install, then lint, check types and layers, run the CPU tests
 	@$(MAKE) --no-print-directory check
+
+test-nightly: $(VENV)/.installed-for-tests ## the tests that are too long for every day: 300 random combinations
+	$(BIN)/python -m pytest -m nightly
+
+fidelity: $(VENV)/.installed-for-tests ## compare with the oracles and write the figures into docs/fidelity.md
+	$(BIN)/python -m pytest tests/parity --fidelity docs/fidelity.md
 
 check: ## what `make test` runs, without the installation
 	$(BIN)/ruff check .

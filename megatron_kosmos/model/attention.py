@@ -111,6 +111,21 @@ class UnfusedAttention(DotProductAttention):
     It draws dropout from the stream of the heads by itself.
     """
 
+    def __init__(self, config: MagnetoConfig, **layer: Any) -> None:
+        """Hide the softmax and the dropout from whom walks over modules.
+
+        They run once for each document, so how often differs between data ranks, and ZeRO 3, which counts calls of
+        modules to fetch weights ahead, would wait for ever.
+        """
+        super().__init__(config, **layer)
+        for name in ("scale_mask_softmax", "attention_dropout"):
+            self.__dict__[name] = self._modules.pop(name)
+
+    def train(self, mode: bool = True) -> "UnfusedAttention":
+        """Switch dropout on or off."""
+        self.attention_dropout.train(mode)
+        return super().train(mode)
+
     def forward(self, query: Tensor, key: Tensor, value: Tensor, stretches: Stretches | None) -> Tensor:
         """As `CausalAttention.forward`, after xPos; documents one after the other."""
         if stretches is None:

@@ -28,7 +28,7 @@ FROZEN: dict[str, list[dict[str, Any]]] = {
     "nothing": [],
     "trunk": frozen_vision(1),
     "tower": [{"parameters": ["vision_tower.*"], "frozen": True}],
-    "decoder": [{"parameters": ["decoder.*", "embedding.*", "output_layer.*"], "frozen": True}],
+    "decoder": [{"parameters": ["decoder.*", "embedding.*"], "frozen": True}],
     "input": [{"parameters": ["vision_tower.*", "resampler.*", "embedding.*"], "frozen": True}],
     "matrices": [
         {"parameters": ["*.bias", "*norm*"], "learning_rate_scale": 2.0},

@@ -75,11 +75,11 @@ def assert_same(record: TrainingRecord, reference: TrainingRecord) -> None:
     assert record.gradients.keys() == reference.gradients.keys()
     for name, expected in reference.gradients.items():
         difference = (record.gradients[name] - expected).norm().item()
-        if name.endswith("k_proj.bias"):
-            # Softmax doesn't see a shift of all keys: the true gradient is zero, what is left is rounding.
-            assert max(difference, expected.norm().item()) < 1e-8, f"gradient of {name}"
-        else:
-            assert difference <= 1e-5 * expected.norm().item(), f"gradient of {name} differs by {difference:.2e}"
+        bound = 1e-5 * expected.norm().item()
+        if name.endswith(("k_proj.bias", "k_layernorm.bias")):
+            # Softmax doesn't see a shift of all keys: without xPos the true gradient is zero, what is left is rounding.
+            bound = max(bound, 5e-8 * max(1.0, reference.grad_norms[0]))
+        assert difference <= bound, f"gradient of {name} differs by {difference:.2e}"
 
 
 def _named(what: str) -> Callable[[str], str]:
