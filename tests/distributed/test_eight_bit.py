@@ -29,11 +29,11 @@ WIDE = {  # matrices of 4096 elements and more on every rank, which smaller ones
     "model__decoder__width": 64,
     "model__decoder__ffn_width": 256,
     "model__vision__width": 64,
-    "model__vision__ffn_width": 128,
+    "model__vision__ffn_width": 129,  # replicated matrices that do not fill their last block
     "model__decoder__positions": "learned",
     "optimizer__learning_rate": 5e-3,
     "optimizer__groups": [
-        *frozen_vision(1),
+        *frozen_vision(2),
         {"parameters": ["resampler.*"], "learning_rate_scale": 0.5, "weight_decay": 0.3},
     ],
 }
