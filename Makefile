@@ -7,6 +7,8 @@ SHELL := /bin/bash
 PYTHON ?= $(firstword $(shell command -v python3.11 python3))
 VENV := .venv
 BIN := $(VENV)/bin
+# One process a core, four at most: many tests start up to eight ranks themselves.
+PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .PHONY: help install quickstart test test-nightly fidelity check clean
@@ -23,7 +25,7 @@ test: $(VENV)/.installed-for-tests ## install, then lint, check types and layers
 	@$(MAKE) --no-print-directory check
 
 test-nightly: $(VENV)/.installed-for-tests ## the tests that are too long for every day: 300 random combinations
-	$(BIN)/python -m pytest -m nightly
+	$(PYTEST) -m nightly
 
 fidelity: $(VENV)/.installed-for-tests ## compare with the oracles and write the figures into docs/fidelity.md
 	$(BIN)/python -m pytest tests/parity --fidelity docs/fidelity.md
@@ -33,7 +35,7 @@ check: ## what `make test` runs, without the installation
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 clean: ## remove .venv and what builds and tests left
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -21,11 +21,6 @@ if not HAS_CUDA:
 torch.set_num_threads(1)
 
 IS_CI = os.environ.get("CI", "").lower() in {"1", "true"}
-forbidden_skips = pytest.StashKey[list[str]]()
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    config.stash[forbidden_skips] = []
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -41,31 +36,19 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Make a skip in CI a failure unless the test is marked `gpu`."""
     report = yield
-    if report.skipped and not item.get_closest_marker("gpu"):
-        item.config.stash[forbidden_skips].append(f"{report.nodeid}: {report.longreprtext}")
+    if IS_CI and report.skipped and not item.get_closest_marker("gpu"):
+        report.outcome = "failed"
+        report.longrepr = f"only tests that are marked gpu may be skipped in CI: {report.longreprtext}"
     return report
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_make_collect_report(
-    collector: pytest.Collector,
-) -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+def pytest_make_collect_report() -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    """Make a skipped file in CI a failure."""
     report = yield
-    if report.skipped:
-        collector.config.stash[forbidden_skips].append(f"{report.nodeid}: {report.longrepr}")
+    if IS_CI and report.skipped:
+        report.outcome = "failed"
+        report.longrepr = f"no file of tests may be skipped in CI: {report.longrepr}"
     return report
-
-
-@pytest.hookimpl(trylast=True)
-def pytest_sessionfinish(session: pytest.Session) -> None:
-    if IS_CI and session.config.stash[forbidden_skips] and session.exitstatus == pytest.ExitCode.OK:
-        session.exitstatus = pytest.ExitCode.TESTS_FAILED
-
-
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    skips = config.stash[forbidden_skips]
-    if IS_CI and skips:
-        terminalreporter.section("skipped tests fail in CI unless they are marked gpu", red=True, bold=True)
-        for skip in skips:
-            terminalreporter.write_line(skip)
