@@ -43,7 +43,7 @@ FREEZINGS: dict[str, list[dict[str, Any]]] = {
     "first_layers": [frozen("vision_tower.*", "resampler.*", "embedding.*", "decoder.layers.[01].*")],
     "in_between": [frozen("decoder.layers.[12].*")],
     "rates": [
-        {"parameters": ["decoder.layers.3.*"], "learning_rate_scale": 0.1, "weight_decay": 0.0},
+        {"parameters": ["decoder.layers.3.*"], "learning_rate_scale": 0.1, "weight_decay": 0.2},
         {"parameters": ["output_layer.weight"], "learning_rate_scale": 3.0, "weight_decay": 0.5},
         {"parameters": ["vision_tower.*"], "learning_rate_scale": 0.5},
     ],
@@ -236,3 +236,21 @@ def test_groups_that_do_not_fit_the_model_are_refused_alike_everywhere(
     assert re.search(message, said[0])
     with pytest.raises(ConfigError, match=message):
         plan(run, 2)
+
+
+def test_each_group_steps_with_its_own_rate_and_decay() -> None:
+    """AdamW's first step by hand: w - rate · (decay · w + g / (|g| + ε)), g clipped."""
+    record = train_in_ranks(2, "timm", 1, **changes_of("rates"))
+    run = tiny_run(**changes_of("rates"))
+    clip = min(1.0, run.optimizer.clip_grad_norm / record.grad_norms[0])
+    for name, scale, decay in (
+        ("decoder.layers.3.mlp.linear_fc1.weight", 0.1, 0.2),
+        ("decoder.layers.3.mlp.linear_fc1.bias", 0.1, 0.0),
+        ("decoder.layers.2.mlp.linear_fc1.weight", 1.0, 0.1),
+        ("output_layer.weight", 3.0, 0.5),
+        ("vision_tower.encoder.layers.1.mlp.fc2.weight", 0.5, 0.1),
+    ):
+        start, gradient = initial_weights(tied=False)[name], clip * record.gradients[name]
+        rate = scale * run.optimizer.learning_rate / run.optimizer.warmup_steps
+        expected = start - rate * (decay * start + gradient / (gradient.abs() + run.optimizer.epsilon))
+        torch.testing.assert_close(record.weights[name], expected, rtol=1e-5, atol=1e-6)
