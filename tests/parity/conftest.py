@@ -15,9 +15,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[record_key] = Record()
-    selects = config.option.keyword or config.option.markexpr or config.option.deselect
-    if _page(config) is not None and (selects or not is_whole_folder(config.args, config.invocation_params.dir)):
-        raise pytest.UsageError("--fidelity needs every parity test and no others: pytest tests/parity --fidelity PAGE")
+    option = config.option
+    selects = option.keyword or option.markexpr or option.deselect
+    is_spread = getattr(option, "numprocesses", None)  # by pytest-xdist: each process would know its own figures alone
+    is_whole = is_whole_folder(config.args, config.invocation_params.dir) and not selects and not is_spread
+    if _page(config) is not None and not is_whole:
+        raise pytest.UsageError(
+            "--fidelity needs every parity test, no others, and one process: pytest tests/parity --fidelity PAGE"
+        )
 
 
 @pytest.fixture

@@ -82,7 +82,7 @@ class Record:
         head = "| oracle | compared | precision | largest difference | bound | the same, absolute | tensors | layouts |"
         lines = [head, "|---|---|---|---|---|---|---|---|"]
         for row, of in sorted(self._rows.items()):
-            figures = f"{of.largest:.1e} | {of.bound:.0e} | {of.largest_absolute:.1e} | {of.tensors}"
+            figures = f"{of.largest:.1e} | {of.bound:.2g} | {of.largest_absolute:.1e} | {of.tensors}"
             lines.append(f"| {' | '.join(row)} | {figures} | {', '.join(sorted(of.layouts))} |".replace("0.0e+00", "0"))
         return "\n".join(lines)
 
