@@ -23,8 +23,6 @@ from megatron_kosmos.parallel.topology import Topology
 
 logger = logging.getLogger(__name__)
 
-logger = logging.getLogger(__name__)
-
 
 def build_stage(
     run: RunConfig, topology: Topology, store: CheckpointStore | None = None, data: str | None = None
