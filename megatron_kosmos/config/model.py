@@ -11,7 +11,7 @@ Probability = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
 class DecoderConfig(StrictModel):
-    """A causal Magneto decoder (sub-LN, arXiv 2210.06423) with xPos (arXiv 2212.10554)."""
+    """A causal Magneto decoder (sub-LN, arXiv 2210.06423)."""
 
     num_layers: PositiveInt
     width: PositiveInt
@@ -26,7 +26,7 @@ class DecoderConfig(StrictModel):
     """128 x 8: one padded shape for every tensor-parallel size up to 8, so that checkpoints fit any of them."""
     max_sequence_length: PositiveInt
     xpos: bool = True
-    """Rotate queries and keys by position, with xPos's decay."""
+    """Rotate queries and keys by position, with xPos's decay (arXiv 2212.10554)."""
     positions: Literal["none", "learned", "sinusoidal"] = "none"
     """What is added to the input: Kosmos-X has a learned embedding of the position besides xPos, KOSMOS-2 sinusoids."""
     scale_embeddings: bool = False
@@ -60,7 +60,9 @@ class DecoderConfig(StrictModel):
                 f"num_heads={self.num_heads} is not a multiple of num_query_groups={self.num_query_groups}"
             )
         if self.positions == "sinusoidal" and (self.width % 2 or self.width < 4):
-            raise ValueError(f"sinusoidal positions are halves of sines and cosines: width={self.width} must be even")
+            raise ValueError(
+                f"sinusoidal positions are halves of sines and cosines: width={self.width} must be even and above 2"
+            )
         if self.xpos and self.head_size % 2:
             raise ValueError(f"xpos rotates pairs: width/num_heads={self.head_size} must be even")
         return self
@@ -85,7 +87,7 @@ class VisionConfig(StrictModel):
     pretrained: Path | None = None
     """Folder of a `transformers` CLIP model to start from; null starts from random weights."""
     position_embedding_std: PositiveFloat = 0.02
-    """Standard deviation of initial position embeddings when `pretrained` is null (see docs/decisions)."""
+    """Standard deviation of initial position embeddings when `pretrained` is null (decision 10)."""
 
     @property
     def num_patches(self) -> int:
@@ -112,7 +114,7 @@ class PerceiverConfig(StrictModel):
     head_size: PositiveInt = 64
     ffn_multiplier: PositiveInt = 4
     query_key_gain: PositiveFloat = 1.0
-    """Factor on the initial query and key weights (see docs/decisions)."""
+    """Factor on the initial query and key weights (decision 10)."""
 
 
 class CrossAttentionConfig(StrictModel):

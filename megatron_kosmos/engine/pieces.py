@@ -3,11 +3,11 @@
 Known before anything is built: the layers of the pipeline stages are balanced by what is trained in which piece.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_kosmos.config import DecoderConfig, ModelConfig, PerceiverConfig, ResamplerConfig, VisionConfig
+from megatron_kosmos.config import CrossAttentionConfig, DecoderConfig, ModelConfig, ResamplerConfig, VisionConfig
 
 PieceKind = Literal[
     "vision_embedding",
@@ -58,7 +58,7 @@ def _vision_pieces(vision: VisionConfig) -> Iterator[Piece]:
 
 
 def _resampler_piece(resampler: ResamplerConfig) -> Piece:
-    if not isinstance(resampler, PerceiverConfig):
+    if isinstance(resampler, CrossAttentionConfig):
         linears = ("projection", *(f"attention.{one}_proj" for one in ("q", "k", "v", "out")))
         layer = _layer("resampler", "resampler.", linears, ())
         return Piece("resampler", layer.matrices, (*layer.others, "resampler.latents"))
@@ -102,5 +102,5 @@ def _both(name: str) -> tuple[str, str]:
     return f"{name}.weight", f"{name}.bias"
 
 
-def _under(prefix: str, names: tuple[str, ...] | list[str]) -> tuple[str, ...]:
+def _under(prefix: str, names: Sequence[str]) -> tuple[str, ...]:
     return tuple(prefix + name for name in names)

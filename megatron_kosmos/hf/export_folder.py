@@ -6,7 +6,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 from transformers.dynamic_module_utils import custom_object_save
 
-from megatron_kosmos.config import CrossAttentionConfig, ModelConfig, PerceiverConfig
+from megatron_kosmos.config import CrossAttentionConfig, ModelConfig, ResamplerConfig
 from megatron_kosmos.hf import (
     KosmosConfig,
     KosmosForConditionalGeneration,
@@ -61,7 +61,7 @@ def kosmos_config(model: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> Kos
     )
 
 
-def _resampler_sizes(resampler: PerceiverConfig | CrossAttentionConfig) -> dict[str, int | float]:
+def _resampler_sizes(resampler: ResamplerConfig) -> dict[str, int | float]:
     """Return what only one kind of resampler has."""
     if isinstance(resampler, CrossAttentionConfig):
         return {"resampler_attention_dropout": resampler.attention_dropout}

@@ -1,7 +1,8 @@
 """The Magneto decoder (arXiv 2210.06423) as a layer spec of megatron-core.
 
-Two parts differ from megatron-core's own decoder: the output projections normalize their input (sub-LN), and the core
-attention applies xPos. Everything else, recompute and sequence parallelism included, is megatron-core's.
+What differs from megatron-core's own decoder: the output projections normalize their input (sub-LN), the core attention
+applies xPos, and recomputation begins at the lowest trained weight (`recomputation.py`). Everything else, sequence
+parallelism included, is megatron-core's.
 """
 
 from functools import partial
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 
 from megatron_kosmos.config import DecoderConfig, ParallelConfig, TrainingConfig
 from megatron_kosmos.model.attention import CausalAttention
-from megatron_kosmos.model.kernels import PLAIN, Kernels, MagnetoConfig
+from megatron_kosmos.model.kernels import Kernels, MagnetoConfig
 from megatron_kosmos.model.layer_norm import ResidualLayerNorm
 from megatron_kosmos.model.sub_layer_norm import SubLNRowParallelLinear
 from megatron_kosmos.model.xpos import XPos
@@ -63,7 +64,7 @@ def transformer_config(
     parallel: ParallelConfig,
     training: TrainingConfig,
     chunk_layers: tuple[int, ...],
-    kernels: Kernels = PLAIN,
+    kernels: Kernels,
 ) -> MagnetoConfig:
     """Derive megatron-core's configuration. `chunk_layers` lists the decoder layers of every chunk in model order."""
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[training.precision]

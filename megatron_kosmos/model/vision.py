@@ -1,4 +1,4 @@
-"""The CLIP vision tower: transformers' model, whose frozen trunk runs without autograd.
+"""The CLIP vision tower: transformers' model up to the features of every token.
 
 Shape letters: I images, S image side, P patches (class token included), E vision width.
 """
@@ -14,9 +14,8 @@ class VisionTower(CLIPVisionModel):
     """CLIP's vision transformer without pooling: its last layer's output, or with `features: normalized` that after
     the post-LayerNorm and divided by its L2 norm, of every token (KOSMOS-2, transformers' Kosmos2Model).
 
-    Layers below the lowest trained weight build no graph, since images need no gradient.
-    With `features: hidden` `post_layernorm` takes no part; it stays, untrained, so that weights can be exchanged with
-    transformers.
+    Images need no gradient, so layers below the lowest trained weight build no graph. With `features: hidden`
+    `post_layernorm` takes no part; it stays, untrained, so that weights can be exchanged with transformers.
     """
 
     def __init__(self, config: VisionConfig) -> None:

@@ -28,9 +28,9 @@ def balance_layers(
 ) -> tuple[int, ...]:
     """Cut `num_layers` into `pp_size` x `virtual_size` chunks of at least one layer, listed in model order.
 
-    The dearest stage is as cheap as it can be, and in each stage its dearest chunk is. Costs are in layers: `first_cost`
-    comes on top of the first chunk's layers, `last_cost` on top of the last one's. Among equals, earlier ones get the
-    smaller share, since the first stages hold the most activations in flight.
+    The dearest stage is as cheap as it can be, and in each stage its dearest chunk is. Costs are in layers:
+    `first_cost` comes on top of the first chunk's layers, `last_cost` on top of the last one's. Among equals, earlier
+    ones get the smaller share, since the first stages hold the most activations in flight.
     """
     loads = [1.0] * (pp_size * virtual_size)
     loads[0] += first_cost
