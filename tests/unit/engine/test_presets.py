@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import CLIPVisionConfig, CLIPVisionModel, Kosmos2Config, Kosmos2ForConditionalGeneration
 
-from megatron_kosmos.config import DecoderConfig, RunConfig, VisionConfig, load_config
+from megatron_kosmos.config import DecoderConfig, RunConfig, load_config
 from megatron_kosmos.engine.dry_run import Part, Plan, plan
 from tests.parity.oracles import TorchscaleConfig, TorchscaleDecoder
 
