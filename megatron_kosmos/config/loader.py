@@ -1,8 +1,9 @@
 """Reading a run's YAML with dotted overrides, and writing the resolved configuration back."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import yaml
 from omegaconf import OmegaConf
@@ -55,11 +56,23 @@ def parse_config(values: object, origin: str) -> RunConfig:
     except ValidationError as error:
         lines = [f"{origin}: {error.error_count()} problem(s)"]
         for problem in error.errors():
-            field = ".".join(str(part) for part in problem["loc"]) or "(whole configuration)"
+            field = ".".join(_keys_of(problem["loc"], values)) or "(whole configuration)"
             shows_input = problem["type"] != "missing" and not isinstance(problem["input"], dict)
             given = f" (got {problem['input']!r})" if shows_input else ""
             lines.append(f"  {field}: {problem['msg'].removeprefix('Value error, ')}{given}")
         raise ConfigError("\n".join(lines)) from error
+
+
+def _keys_of(location: Sequence[int | str], values: Any) -> Iterator[str]:
+    """Yield the keys that lead to a problem in `values`; pydantic also names the kind where there are several."""
+    for part in location:
+        if isinstance(values, dict) and part not in values and values.get("kind") == part:
+            continue
+        yield str(part)
+        try:
+            values = values[part]
+        except (LookupError, TypeError):
+            values = None
 
 
 def save_config(config: RunConfig, path: Path) -> None:

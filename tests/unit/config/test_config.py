@@ -84,6 +84,14 @@ def test_there_are_presets() -> None:
     [
         ({"run_dirs": "x"}, "run_dirs: Extra inputs are not permitted"),
         ({"model__decoder__layers": 3}, r"model\.decoder\.layers: Extra inputs are not permitted \(got 3\)"),
+        (
+            {"model__resampler": {"kind": "cross_attention", "depth": 2}},
+            r"model\.resampler\.depth: Extra inputs are not permitted",
+        ),
+        (
+            {"model__resampler": {"kind": "perceiver", "depth": 0}},
+            r"  model\.resampler\.depth: Input should be greater",
+        ),
         ({"training__steps": "5"}, r"training\.steps: .*valid integer \(got '5'\)"),
         ({"training__steps": 5.0}, r"training\.steps: .*valid integer \(got 5\.0\)"),
         ({"training__steps": True}, r"training\.steps: .*valid integer \(got True\)"),
