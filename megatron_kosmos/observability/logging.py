@@ -4,8 +4,10 @@ import logging
 from pathlib import Path
 from typing import Final
 
-from rich.console import Console
+from rich.console import Console, ConsoleRenderable, Group
 from rich.logging import RichHandler
+from rich.text import Text
+from rich.traceback import Traceback
 
 PACKAGE_LOGGER: Final = "megatron_kosmos"
 LINE_FORMAT: Final = "%(asctime)s rank %(rank)d %(levelname)s %(name)s: %(message)s"
@@ -31,7 +33,7 @@ def start_logging(run_dir: Path, rank: int, console: Console) -> None:
     logger.setLevel(logging.INFO)
     logger.addHandler(to_file)
     if rank == 0:
-        logger.addHandler(RichHandler(console=console, show_path=False, markup=False, log_time_format="[%X]"))
+        logger.addHandler(_ConsoleHandler(console=console, show_path=False, markup=False, log_time_format="[%X]"))
     # A message that reached its rank's own destinations must not come again through the root logger.
     logger.propagate = False
 
@@ -43,3 +45,15 @@ def stop_logging() -> None:
         logger.removeHandler(handler)
         handler.close()
     logger.propagate = True
+
+
+class _ConsoleHandler(RichHandler):
+    """Puts a message's further lines at the left edge: beside time and level a table of 80 columns would be torn."""
+
+    def render(
+        self, *, record: logging.LogRecord, traceback: Traceback | None, message_renderable: ConsoleRenderable
+    ) -> ConsoleRenderable:
+        first, newline, rest = record.getMessage().partition("\n")
+        if not newline:
+            return super().render(record=record, traceback=traceback, message_renderable=message_renderable)
+        return Group(super().render(record=record, traceback=traceback, message_renderable=Text(first)), Text(rest))

@@ -38,6 +38,16 @@ def test_rank_0_alone_speaks_on_the_console(tmp_path: Path, console: Console, ra
     assert f"rank {rank} INFO megatron_kosmos.engine.trainer: step [bold]1[/bold] of 7\n" in line
 
 
+def test_a_table_of_80_columns_fits_a_console_of_80(tmp_path: Path) -> None:
+    console = Console(file=io.StringIO(), width=80)
+    start_logging(tmp_path, 0, console)
+    row = "decoder".ljust(74, ".") + "[/bar]"
+    logger.info("parameters\n%s\n%s", row, row)
+    first, *rest = shown(console).splitlines()
+    assert first.split()[1:] == ["INFO", "parameters"]
+    assert rest == [row, row]
+
+
 def test_starting_again_replaces_the_destinations(tmp_path: Path, console: Console) -> None:
     start_logging(tmp_path / "first", 0, console)
     start_logging(tmp_path / "second", 0, console)
