@@ -57,13 +57,22 @@ def import_fast(file: Path, bos_is_eos: bool) -> KosmosTokenizer:
 
     Which tokens are `</s>`, `<s>`, `<pad>` and `<unk>` says the `tokenizer_config.json` beside it, or their names;
     `<pad>` and `<unk>` get ids of their own where they would share that of `</s>`. Raises DataError when there is no
-    `</s>`, or when a text can be encoded as a special token.
+    `</s>`, when a file is damaged, or when a text can be encoded as a special token.
     """
     load_fast(file.read_bytes(), str(file))
-    content = json.loads(file.read_bytes())
+    content = {"added_tokens": [], "decoder": None} | json.loads(file.read_bytes())  # what the library can do without
     config = file.with_name("tokenizer_config.json")
-    roles = json.loads(config.read_bytes()) if config.is_file() else {}
-    return _complete(content, roles, bos_is_eos, str(file))
+    return _complete(content, _read_object(config) if config.is_file() else {}, bos_is_eos, str(file))
+
+
+def _read_object(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_bytes())
+    except ValueError as error:
+        raise DataError(f"{file} is not JSON: {error}; get it again, or remove it") from error
+    if not isinstance(content, dict):
+        raise DataError(f"{file} holds no JSON object; get it again, or remove it")
+    return content
 
 
 def _complete(content: dict[str, Any], roles: dict[str, Any], bos_is_eos: bool, origin: str) -> KosmosTokenizer:
@@ -110,7 +119,7 @@ def _names_of_roles(ids: dict[str, int], roles: dict[str, Any]) -> dict[str, str
     names: dict[str, str] = {}
     for role, key in KEYS_OF_ROLES.items():
         told = roles.get(key)
-        told = told["content"] if isinstance(told, dict) else told
+        told = told.get("content") if isinstance(told, dict) else told
         for name in (told, *NAMES_OF_ROLES[role]):
             is_taken = role in {PAD, UNK} and name == names.get(EOS)
             if name in ids and not is_taken:

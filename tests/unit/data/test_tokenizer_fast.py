@@ -181,6 +181,22 @@ def test_roles_are_told_or_known_by_name(sources: dict[str, Path], tmp_path: Pat
         import_tokenizer(changed(sources["falcon"], tmp_path, rename))
 
 
+@pytest.mark.parametrize("beside, message", [("{", "is not JSON"), ("[]", "holds no JSON object")])
+def test_a_damaged_file_beside_it_is_named(sources: dict[str, Path], tmp_path: Path, beside: str, message: str) -> None:
+    file = changed(sources["falcon"], tmp_path, lambda _: None)
+    (tmp_path / "tokenizer_config.json").write_text(beside)
+    with pytest.raises(DataError, match=rf"tokenizer_config\.json {message}"):
+        import_tokenizer(file)
+
+
+def test_what_the_library_can_do_without_may_be_missing(sources: dict[str, Path], tmp_path: Path) -> None:
+    def leave_out(content: dict[str, Any]) -> None:
+        del content["added_tokens"], content["decoder"]
+
+    ours = import_tokenizer(changed(sources["falcon"], tmp_path, leave_out, {"eos_token": {"lstrip": False}}))
+    assert ours.encode("abc") == import_tokenizer(sources["falcon"]).encode("abc")
+
+
 def test_added_tokens_that_are_text_stay_text(sources: dict[str, Path], tmp_path: Path) -> None:
     tokenizer = Tokenizer.from_file(str(sources["gpt2"]))
     tokenizer.add_tokens([AddedToken("    ", normalized=False), AddedToken("<image>")])
