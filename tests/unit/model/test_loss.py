@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron_kosmos.batch import MultimodalBatch
 from megatron_kosmos.config import ParallelConfig, RunConfig
 from megatron_kosmos.engine.builder import build_chunks, derive_transformer_config
 from megatron_kosmos.model.initialization import initialize
@@ -97,10 +98,15 @@ def model_losses(run: RunConfig) -> tuple[Tensor, Tensor]:
     topology = build_topology(run.parallel, torch.device("cpu"))
     (chunk,) = build_chunks(run, derive_transformer_config(run), topology)
     initialize(chunk, run.training.seed)
+    batch = odd_batch()
+    return chunk(batch).detach(), chunk.logits(batch).detach()
+
+
+def odd_batch() -> MultimodalBatch:
     batch = step_batches(0, "m")[0]
     batch.input_ids.clamp_(max=VOCAB - 2)
     batch.labels.clamp_(max=VOCAB - 2)
-    return chunk(batch).detach(), chunk.logits(batch).detach()
+    return batch
 
 
 @pytest.mark.distributed
@@ -109,6 +115,9 @@ def test_a_vocabulary_that_ranks_do_not_divide_has_one_loss(tied: bool) -> None:
     changes: dict[str, Any] = ODD_VOCABULARY | {"model__decoder__tie_embeddings": tied}
     losses, logits = run_ranks(model_losses, 1, tiny_run(**changes))[0]
     assert logits.shape[-1] == VOCAB - 1
+    batch = odd_batch()
+    over_real_ids = F.cross_entropy(logits.transpose(1, 2), batch.labels, reduction="none") * batch.loss_mask
+    torch.testing.assert_close(losses, over_real_ids, atol=2e-6, rtol=0.0)
     assert losses.max() > 1.0
     for tp_size in (2, 4):
         run = tiny_run(**changes, parallel__tensor_parallel_size=tp_size)
