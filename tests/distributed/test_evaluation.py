@@ -20,6 +20,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "tp2_sp": (2, {"parallel__tensor_parallel_size": 2, "parallel__sequence_parallel": True}),
     "pp2": (2, {"parallel__pipeline_parallel_size": 2}),
     "pp2_vpp2": (2, {"parallel__pipeline_parallel_size": 2, "parallel__virtual_pipeline_parallel_size": 2}),
+    "unfused": (1, {"kernels__attention": "unfused"}),
 }
 DROPOUT = {"model__decoder__dropout": 0.5, "model__decoder__attention_dropout": 0.5}
 
