@@ -25,8 +25,8 @@ class MultimodalBatch:
     position_ids: Tensor
     """[B, T] int64. Positions within the sequence, or within the document under `data.document_mask`."""
     document_starts: Tensor
-    """[N + 1] int32, on the host. Where each of the N stretches that attention stays within begins, counted over the
-    rows laid end to end, and B * T at last (flash-attn's cu_seqlens). Plain packing has one stretch a row."""
+    """[N + 1] int32, on the host. Where each of the N segments that attention stays within begins, counted over the
+    rows laid end to end, and B * T at last (flash-attn's cu_seqlens). Plain packing has one segment a row."""
     images: Tensor
     """[I, 3, S, S] float32, normalized as CLIP wants them. [0, 3, S, S] on ranks that hold no vision tower."""
     image_positions: Tensor
@@ -50,7 +50,7 @@ class MultimodalBatch:
 
     @property
     def masks_documents(self) -> bool:
-        """Whether attention stays within stretches that are shorter than the rows."""
+        """Whether attention stays within segments that are shorter than the rows."""
         return len(self.document_starts) > len(self.input_ids) + 1
 
     @property
@@ -72,5 +72,5 @@ class MultimodalBatch:
 
 
 def row_starts(num_rows: int, length: int) -> Tensor:
-    """Return the `document_starts` of plain packing: every row is one stretch."""
+    """Return the `document_starts` of plain packing: every row is one segment."""
     return torch.arange(0, (num_rows + 1) * length, length, dtype=torch.int32)

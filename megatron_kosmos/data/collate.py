@@ -85,7 +85,7 @@ class Collator:
         return Microbatch(batch, tuple(bad_images))
 
     def _documents(self, rows: Sequence[PackedRow]) -> tuple[Tensor, Tensor]:
-        """Return where attention's stretches begin [N + 1] and the positions [B, T], by document or by row."""
+        """Return where attention's segments begin [N + 1] and the positions [B, T], by document or by row."""
         num_rows, length = len(rows), len(rows[0].input_ids)
         starts = row_starts(num_rows, length)
         if self._mask_documents:

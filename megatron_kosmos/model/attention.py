@@ -11,7 +11,7 @@ from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from torch import Tensor, nn
 
-from megatron_kosmos.model.documents import Stretches, attend_within
+from megatron_kosmos.model.documents import Segments, attend_within
 from megatron_kosmos.model.kernels import MagnetoConfig
 from megatron_kosmos.model.xpos import XPos
 
@@ -31,13 +31,13 @@ class CausalAttention(nn.Module):
         key: Tensor,
         value: Tensor,
         attention_mask: Tensor | None,
-        packed_seq_params: Stretches | None = None,
+        packed_seq_params: Segments | None = None,
         **_: Any,
     ) -> Tensor:
         """Attend. query [T, B, H, K], key and value [T, B, G, K]; returns [T, B, H * K].
 
         `attention_mask` is megatron-core's and not used: attention is causal over the whole sequence, or within each of
-        the stretches that megatron-core hands on as `packed_seq_params`. xPos need not start anew with a stretch, since
+        the segments that megatron-core hands on as `packed_seq_params`. xPos need not start anew with a segment, since
         scores depend on distances alone.
         """
         if self.xpos is not None:
@@ -53,12 +53,12 @@ class SdpaAttention(nn.Module):
         super().__init__()
         self.config, self.dropout = config, config.attention_dropout
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, stretches: Stretches | None) -> Tensor:
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, segments: Segments | None) -> Tensor:
         """As `CausalAttention.forward`, after xPos."""
         with _stream_of_heads(self.config):
-            if stretches is None:
+            if segments is None:
                 return self._attend(query, key, value)
-            return attend_within(stretches, self._attend, query, key, value)
+            return attend_within(segments, self._attend, query, key, value)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Return [T, B, H * K], causal over the T tokens."""
@@ -85,21 +85,21 @@ class FlashAttention(nn.Module):
         self.config, self.dropout = config, config.attention_dropout
         self._attend, self._attend_within = flash_attn_func, flash_attn_varlen_func
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, stretches: Stretches | None) -> Tensor:
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, segments: Segments | None) -> Tensor:
         """As `CausalAttention.forward`, after xPos. Scores are scaled by K ** -0.5, flash-attn's default."""
         length, batch = query.shape[:2]
         heads = [x.transpose(0, 1) for x in (query, key, value)]
         options: dict[str, Any] = {"dropout_p": self.dropout if self.training else 0.0, "causal": True}
         with _stream_of_heads(self.config):
-            if stretches is None:
+            if segments is None:
                 context = self._attend(*heads, **options)
             else:
                 context = self._attend_within(
                     *(x.flatten(0, 1) for x in heads),
-                    cu_seqlens_q=stretches.cu_seqlens_q,
-                    cu_seqlens_k=stretches.cu_seqlens_kv,
-                    max_seqlen_q=stretches.max_seqlen_q,
-                    max_seqlen_k=stretches.max_seqlen_kv,
+                    cu_seqlens_q=segments.cu_seqlens_q,
+                    cu_seqlens_k=segments.cu_seqlens_kv,
+                    max_seqlen_q=segments.max_seqlen_q,
+                    max_seqlen_k=segments.max_seqlen_kv,
                     **options,
                 )
         return context.reshape(batch, length, -1).transpose(0, 1).contiguous()
@@ -126,11 +126,11 @@ class UnfusedAttention(DotProductAttention):
         self.attention_dropout.train(mode)
         return super().train(mode)
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, stretches: Stretches | None) -> Tensor:
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, segments: Segments | None) -> Tensor:
         """As `CausalAttention.forward`, after xPos; documents one after the other."""
-        if stretches is None:
+        if segments is None:
             return self._attend(query, key, value)
-        return attend_within(stretches, self._attend, query, key, value)
+        return attend_within(segments, self._attend, query, key, value)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         context: Tensor = super().forward(query, key, value, attention_mask=None)

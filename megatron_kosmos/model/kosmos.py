@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from megatron_kosmos.batch import MultimodalBatch
 from megatron_kosmos.config import CrossAttentionConfig, ModelConfig
 from megatron_kosmos.model.cross_attention import CrossAttentionResampler
-from megatron_kosmos.model.documents import stretches_of
+from megatron_kosmos.model.documents import segments_of
 from megatron_kosmos.model.embedding import SplicedEmbedding
 from megatron_kosmos.model.loss import mask_padded_vocabulary, token_losses
 from megatron_kosmos.model.magneto import decoder_submodules
@@ -114,8 +114,8 @@ class KosmosModel(MegatronModule):
         if self.chunk.is_first:
             images_ILD = self.embed_images(batch.images)
             hidden_TBD = self.embedding(batch.input_ids, batch.position_ids, images_ILD, batch.image_positions)
-        stretches = stretches_of(batch, batch.input_ids.device)
-        return self.decoder(hidden_TBD, attention_mask=None, packed_seq_params=stretches)
+        segments = segments_of(batch, batch.input_ids.device)
+        return self.decoder(hidden_TBD, attention_mask=None, packed_seq_params=segments)
 
     def _local_logits(self, hidden_TBD: Tensor) -> Tensor:
         decoder = self.model_config.decoder

@@ -60,7 +60,7 @@ def document(length: int, seed: int) -> Document:
 
 
 def pack(rows: Sequence[Sequence[Document]], length: int) -> MultimodalBatch:
-    """Return the rows under document masks; padding is a stretch of its own."""
+    """Return the rows under document masks; padding is a segment of its own."""
     num_rows = len(rows)
     ids, labels, positions = torch.zeros(3, num_rows, length, dtype=torch.int64)
     mask = torch.zeros(num_rows, length, dtype=torch.bool)

@@ -14,7 +14,7 @@ from torch import Tensor
 from megatron_kosmos.batch import row_starts
 from megatron_kosmos.engine.builder import derive_transformer_config
 from megatron_kosmos.model.attention import CausalAttention
-from megatron_kosmos.model.documents import Stretches, stretches_of
+from megatron_kosmos.model.documents import Segments, segments_of
 from megatron_kosmos.model.kernels import LIBRARIES, Kernels, Obstacle, choose_kernels, resolve
 from megatron_kosmos.model.xpos import XPos
 from megatron_kosmos.parallel.randomness import seed_microbatch
@@ -33,7 +33,7 @@ KERNELS = {
     "unfused_apex": Kernels("unfused", softmax="apex"),
 }
 STARTS = (0, 100, 104, 256, 300, 511, 512)
-"""Borders of stretches in two rows of T."""
+"""Borders of segments in two rows of T."""
 
 
 @dataclass(frozen=True)
@@ -60,18 +60,18 @@ class Case:
         transformer = derive_transformer_config(run, self.kernels)
         return CausalAttention(transformer, XPos(K, T), **layer).to(CUDA)
 
-    def stretches(self) -> Stretches | None:
+    def segments(self) -> Segments | None:
         """Return where attention stays within, None for the rows."""
         starts = torch.tensor(STARTS, dtype=torch.int32) if self.masks_documents else row_starts(B, T)
         batch = step_batches(0, "t")[0]
         assert len(batch.input_ids) == B
-        return stretches_of(replace(batch, document_starts=starts), CUDA)
+        return segments_of(replace(batch, document_starts=starts), CUDA)
 
 
 def attend(case: Case, heads: tuple[Tensor, Tensor, Tensor]) -> list[Tensor]:
     """Return the output and the gradients of query, key and value, in fp32."""
     inputs = [tensor.to(CUDA, case.dtype, copy=True).requires_grad_() for tensor in heads]
-    output = case.attention()(*inputs, attention_mask=None, packed_seq_params=case.stretches())
+    output = case.attention()(*inputs, attention_mask=None, packed_seq_params=case.segments())
     direction = torch.randn(output.shape, generator=torch.Generator().manual_seed(9)).to(CUDA, case.dtype)
     output.backward(direction)
     return [output.detach().float().cpu(), *(tensor.grad.float().cpu() for tensor in inputs if tensor.grad is not None)]
@@ -101,13 +101,13 @@ def test_values_and_gradients_are_those_of_fp32(kernel: str, num_groups: int, ma
 
 
 def compare_documents_with_slices() -> None:
-    """flash-attn's borders against torch's attention on each stretch alone."""
+    """flash-attn's borders against torch's attention on each segment alone."""
     heads = random_heads(H)
     borders = attend(Case(Kernels("flash"), masks_documents=True), heads)[0]
     slices = attend(Case(Kernels("sdpa"), masks_documents=True), heads)[0]
     assert ((borders - slices).norm() / slices.norm()).item() < 5e-3
     rows = attend(Case(Kernels("flash")), heads)[0]
-    assert torch.equal(rows[: STARTS[1], 0], borders[: STARTS[1], 0]), "the first stretch sees what its row shows"
+    assert torch.equal(rows[: STARTS[1], 0], borders[: STARTS[1], 0]), "the first segment sees what its row shows"
     assert (rows[STARTS[1] :, 0] - borders[STARTS[1] :, 0]).abs().max() > 0.1
 
 

@@ -93,7 +93,7 @@ def collate(text: CorpusConfig, tokenizer: KosmosTokenizer) -> Callable[..., Mul
         ),
     ],
 )
-def test_stretches_are_documents_and_padding(
+def test_segments_are_documents_and_padding(
     collate: Callable[..., MultimodalBatch], rows: list[tuple[int, ...]], starts: list[int], positions: list[list[int]]
 ) -> None:
     batch = collate([row(*ids) for ids in rows])
@@ -104,7 +104,7 @@ def test_stretches_are_documents_and_padding(
     assert batch.masks_documents == (len(starts) > len(rows) + 1)
 
 
-def test_plain_packing_has_a_stretch_for_each_row(collate: Callable[..., MultimodalBatch]) -> None:
+def test_plain_packing_has_a_segment_for_each_row(collate: Callable[..., MultimodalBatch]) -> None:
     batch = collate([row(0, 0, 1, 1, 2, -1), row(*[0] * T)], mask_documents=False)
     assert batch.document_starts.tolist() == [0, 6, 12]
     assert batch.position_ids.tolist() == [[*range(6)]] * 2
@@ -136,14 +136,14 @@ def test_real_rows_are_cut_at_each_beginning_and_nowhere_else(data: DataConfig, 
     assert num_cut, "no row began in the middle of a document"
 
 
-def test_a_picture_lies_within_one_stretch(data: DataConfig, tokenizer: KosmosTokenizer) -> None:
+def test_a_picture_lies_within_one_segment(data: DataConfig, tokenizer: KosmosTokenizer) -> None:
     num_pictures = 0
     for batch in read(data):
-        stretch = torch.arange(len(batch.document_starts) - 1).repeat_interleave(batch.document_starts.diff())
+        segment = torch.arange(len(batch.document_starts) - 1).repeat_interleave(batch.document_starts.diff())
         for number, column in batch.image_positions.tolist():
             block = slice(number * 64 + column - 1, number * 64 + column + IMAGES.num_latents + 1)  # with its markers
             assert batch.input_ids.flatten()[block][[0, -1]].tolist() == [tokenizer.image_id, tokenizer.end_of_image_id]
-            assert len(stretch[block].unique()) == 1
+            assert len(segment[block].unique()) == 1
             num_pictures += 1
     assert num_pictures > 20
 

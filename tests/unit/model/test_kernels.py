@@ -234,7 +234,7 @@ def test_a_dry_run_needs_no_kernel() -> None:
 
 
 def losses_and_gradients(
-    run: RunConfig, attention: str, dtype: torch.dtype, stretches: tuple[int, ...]
+    run: RunConfig, attention: str, dtype: torch.dtype, segments: tuple[int, ...]
 ) -> tuple[Tensor, dict[str, Tensor]]:
     topology = build_topology(run.parallel, CPU)
     transformer = derive_transformer_config(run, replace(PLAIN, attention=attention))
@@ -242,7 +242,7 @@ def losses_and_gradients(
     (chunk,) = build_chunks(run, transformer, topology)
     initialize(chunk, run.training.seed)
     seed_microbatch(run.training.seed, 0, 0, 0, topology)
-    starts = torch.tensor(stretches, dtype=torch.int32) if stretches else row_starts(MICRO, LENGTH)
+    starts = torch.tensor(segments, dtype=torch.int32) if segments else row_starts(MICRO, LENGTH)
     losses = chunk(replace(step_batches(0, "m")[0], document_starts=starts))
     losses.sum().backward()
     gradients = {one.name: one.parameter.grad for one in named_parameters(chunk) if one.parameter.grad is not None}
@@ -250,13 +250,13 @@ def losses_and_gradients(
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("stretches", [(), (0, 9, 24, 30, 31, 48)], ids=["plain", "documents"])
+@pytest.mark.parametrize("segments", [(), (0, 9, 24, 30, 31, 48)], ids=["plain", "documents"])
 @pytest.mark.parametrize("num_groups, tp_size", [(2, 1), (1, 2)])
-def test_unfused_attention_is_the_plain_one(num_groups: int, tp_size: int, stretches: tuple[int, ...]) -> None:
+def test_unfused_attention_is_the_plain_one(num_groups: int, tp_size: int, segments: tuple[int, ...]) -> None:
     run = tiny_run(model__decoder__num_query_groups=num_groups, parallel__tensor_parallel_size=tp_size)
     for dtype, bound in ((torch.float32, 1e-5), (torch.float64, 1e-10)):
-        plain = run_ranks(losses_and_gradients, tp_size, run, "sdpa", dtype, stretches)
-        unfused = run_ranks(losses_and_gradients, tp_size, run, "unfused", dtype, stretches)
+        plain = run_ranks(losses_and_gradients, tp_size, run, "sdpa", dtype, segments)
+        unfused = run_ranks(losses_and_gradients, tp_size, run, "unfused", dtype, segments)
         for (losses, gradients), (expected_losses, expected) in zip(unfused, plain, strict=True):
             torch.testing.assert_close(losses, expected_losses, atol=0.0, rtol=1e-6)
             for name, gradient in expected.items():
