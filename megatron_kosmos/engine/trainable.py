@@ -88,6 +88,8 @@ def check_groups(run: RunConfig, weights: Sequence[Weight]) -> None:
 
 
 def _closest(pattern: str, names: Sequence[str]) -> str:
+    if fnmatchcase("output_layer.weight", pattern):
+        return "; with decoder.tie_embeddings the output layer is embedding.word_embeddings.weight"
     close = get_close_matches(pattern, names, n=3, cutoff=0.3)
     return f"; the closest are {', '.join(close)}" if close else f"; names look like {names[0]}"
 

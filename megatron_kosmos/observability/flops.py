@@ -1,7 +1,8 @@
 """Counted floating-point operations of the model's pieces, and what share of the hardware's peak they are.
 
 Only matrix products count, two operations a multiply-add. What the hardware does besides does not count: padding of the
-vocabulary, blank images of text-only microbatches.
+vocabulary, blank images of text-only microbatches. Attention counts over the whole row, under document masks too,
+where it does less.
 
 In a training step a product with a weight costs its forward pass once more where its input needs a gradient, and once
 more where the weight is trained. A product of two activations (attention's scores and weighted values) costs twice its

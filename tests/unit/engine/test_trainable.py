@@ -2,6 +2,9 @@
 
 from typing import Any
 
+import pytest
+
+from megatron_kosmos.config import ConfigError
 from megatron_kosmos.engine.dry_run import plan
 from megatron_kosmos.engine.trainable import Row, describe_changes, rows, trainable_text
 from tests.distributed.tiny import tiny_run
@@ -40,6 +43,13 @@ def test_the_table_shows_rates_and_decays_of_what_is_trained() -> None:
     assert lines["output", "3,072"][-2:] == ["0.01", "0.1"]
     assert lines["vision", "1"][2] == "0"
     assert max(map(len, text.splitlines())) <= 80
+
+
+def test_a_tied_output_layer_goes_by_the_embedding_s_name() -> None:
+    groups = [{"parameters": ["output_layer.*"], "frozen": True}]
+    plan(tiny_run(optimizer__groups=groups), 1)
+    with pytest.raises(ConfigError, match=r"the output layer is embedding\.word_embeddings\.weight"):
+        plan(tiny_run(optimizer__groups=groups, model__decoder__tie_embeddings=True), 1)
 
 
 def test_changes_are_named_and_counted() -> None:
