@@ -24,7 +24,7 @@ class KosmosConfig(PreTrainedConfig):
     model_type = "megatron_kosmos"
     # Read by every transformers 5; the newer `sub_configs_defaults` would also make the object, but changed its form.
     sub_configs = {"vision_config": CLIPVisionConfig}  # noqa: RUF012 - transformers wants a plain dict
-    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]  # noqa: RUF012
 
     vocab_size: int = 64007
     hidden_size: int = 2048

@@ -14,9 +14,13 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration_kosmos import KosmosConfig
+
+CACHE_NAME = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
+"""What transformers calls the cache of keys and values, in arguments and outputs: `cache` since 5.24."""
 
 XPOS_SCALE_BASE = 512
 """Tokens over which xPos decays by one factor zeta (torchscale's `scale_base`)."""
@@ -95,7 +99,6 @@ class KosmosAttention(nn.Module):
         hidden_states: Tensor,
         attention_mask: Tensor | None,
         xpos: tuple[Tensor, Tensor, Tensor] | None,
-        past_key_values: Cache | None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """Map [B, T, D] to [B, T, D] and the weights, where the implementation keeps them.
@@ -112,8 +115,9 @@ class KosmosAttention(nn.Module):
             cosine, sine, scale = xpos
             query = rotate_pairs(query, cosine * scale, sine * scale)
             key = rotate_pairs(key, cosine / scale, sine / scale)
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
+        cache: Cache | None = kwargs.pop(CACHE_NAME, None)
+        if cache is not None:
+            key, value = cache.update(key, value, self.layer_idx)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
         dropout = self.config.attention_dropout if self.training else 0.0
         output, weights = attend(
@@ -172,7 +176,7 @@ class KosmosDecoder(nn.Module):
         inputs_embeds: Tensor,
         attention_mask: Tensor | None,
         position_ids: Tensor,
-        past_key_values: Cache | None,
+        cache: Cache | None,
         **kwargs: Any,
     ) -> Tensor:
         """Map embeddings [B, T, D] at positions [B, T] to the normalized last states [B, T, D]."""
@@ -181,11 +185,9 @@ class KosmosDecoder(nn.Module):
         xpos = None
         if config.xpos:
             xpos = xpos_tables(position_ids, config.head_dim, config.max_position_embeddings // 2)
-        mask = create_causal_mask(config, inputs_embeds, attention_mask, past_key_values)
+        mask = create_causal_mask(config, inputs_embeds, attention_mask, cache)
         for layer in self.layers:
-            hidden_states = layer(
-                hidden_states, attention_mask=mask, xpos=xpos, past_key_values=past_key_values, **kwargs
-            )
+            hidden_states = layer(hidden_states, attention_mask=mask, xpos=xpos, **{CACHE_NAME: cache}, **kwargs)
         return self.layer_norm(hidden_states)
 
     def _with_positions(self, inputs_embeds: Tensor, position_ids: Tensor) -> Tensor:

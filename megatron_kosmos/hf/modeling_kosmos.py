@@ -19,7 +19,7 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_kosmos import KosmosConfig
-from .decoder_kosmos import KosmosAttention, KosmosDecoderLayer, KosmosTextModel
+from .decoder_kosmos import CACHE_NAME, KosmosAttention, KosmosDecoderLayer, KosmosTextModel
 from .resampler_kosmos import RESAMPLERS, KosmosCrossAttention, KosmosPerceiver
 
 
@@ -93,6 +93,7 @@ class KosmosForConditionalGeneration(KosmosPreTrainedModel, GenerationMixin):
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         image_embeds: Tensor | None = None,
         labels: Tensor | None = None,
@@ -105,7 +106,8 @@ class KosmosForConditionalGeneration(KosmosPreTrainedModel, GenerationMixin):
         input_ids: [B, T] int64; an image's slots hold any id. pixel_values: [I, 3, S, S], the images of all rows in
         order. image_embeds_position_mask: [B, T], true on the slots, L an image. attention_mask: [B, C] of 1 and 0,
         0 on padding; positions count from each row's first real token. image_embeds: [I, L, D] in place of
-        pixel_values. labels: [B, T], not shifted, -100 where no loss counts.
+        pixel_values. cache: keys and values so far; past_key_values is its older name. labels: [B, T], not shifted,
+        -100 where no loss counts.
 
         Raises ValueError when slots and images do not match.
         """
@@ -117,19 +119,20 @@ class KosmosForConditionalGeneration(KosmosPreTrainedModel, GenerationMixin):
             image_embeds = self.get_image_features(pixel_values)
         inputs_embeds = self._splice(inputs_embeds, image_embeds, image_embeds_position_mask)
         use_cache = self.config.use_cache if use_cache is None else use_cache
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
+        cache = past_key_values if cache is None else cache
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
         if position_ids is None:
-            position_ids = _count_positions(inputs_embeds, attention_mask, past_key_values)
+            position_ids = _count_positions(inputs_embeds, attention_mask, cache)
         hidden_states = self.text_model.model(
-            inputs_embeds, attention_mask, position_ids.expand(inputs_embeds.shape[:2]), past_key_values, **kwargs
+            inputs_embeds, attention_mask, position_ids.expand(inputs_embeds.shape[:2]), cache, **kwargs
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.text_model.lm_head(hidden_states[:, kept])
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values)
+        return CausalLMOutputWithPast(loss=loss, logits=logits, **{CACHE_NAME: cache})
 
     def _splice(self, inputs_embeds: Tensor, image_embeds: Tensor | None, slots: Tensor | None) -> Tensor:
         """Put image embeddings [I, L, D] where slots [B, T] is true, in row order."""
@@ -163,7 +166,7 @@ class KosmosForConditionalGeneration(KosmosPreTrainedModel, GenerationMixin):
         inputs: dict[str, Any] = super().prepare_inputs_for_generation(
             input_ids, is_first_iteration=is_first_iteration, **kwargs
         )
-        cache = kwargs.get("past_key_values")
+        cache = kwargs.get(CACHE_NAME)
         nothing_seen = is_first_iteration or cache is None or cache.get_seq_length() == 0
         if slots is not None and (nothing_seen or not kwargs.get("use_cache", True)):
             num_new = input_ids.shape[1] - slots.shape[1]

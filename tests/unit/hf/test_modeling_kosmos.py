@@ -8,6 +8,7 @@ import torch
 from safetensors import safe_open
 
 from megatron_kosmos.hf.configuration_kosmos import KosmosConfig
+from megatron_kosmos.hf.decoder_kosmos import CACHE_NAME
 from megatron_kosmos.hf.modeling_kosmos import KosmosForConditionalGeneration
 from tests.unit.hf.reference import reference_logits
 from tests.unit.hf.tiny import LATENTS, MAX_LENGTH, SIDE, VARIANTS, left_padded, prompt, tiny_config, tiny_model
@@ -45,7 +46,7 @@ def test_the_cache_changes_no_token_and_no_logit(variant: str) -> None:
     whole = model(**row, use_cache=False).logits
     head = {key: value if key == "pixel_values" else value[:, :10] for key, value in row.items()}
     first = model(**head)
-    rest = model(row["input_ids"][:, 10:], attention_mask=row["attention_mask"], past_key_values=first.past_key_values)
+    rest = model(row["input_ids"][:, 10:], attention_mask=row["attention_mask"], **{CACHE_NAME: first[CACHE_NAME]})
     assert torch.allclose(torch.cat((first.logits, rest.logits), dim=1), whole, atol=1e-5)
 
 
