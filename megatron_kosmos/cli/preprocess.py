@@ -29,8 +29,10 @@ def preprocess(  # noqa: PLR0913 - a command's parameters are its options
         list[Path],
         typer.Option(
             "--input",
-            help='text: .jsonl {"text": …} or .txt; captions: .jsonl {"image": PATH, "caption": …} or webdataset .tar; '
-            'interleaved: .jsonl {"parts": [{"text": …}, {"image": PATH}, …]}. Paths start at the file\'s folder.',
+            help='text: .jsonl {"text": …}, .txt, .parquet. captions: webdataset and img2dataset .tar; .jsonl, '
+            '.parquet {"image": PATH or bytes, "caption": …}; .tsv CAPTION<tab>PATH. interleaved: .jsonl {"parts": '
+            '[{"text": …}, {"image": PATH}, …]}; MMC4 .jsonl; OBELICS .parquet or .jsonl; .html. All but .tar and '
+            ".parquet also with .gz or .zst behind.",
         ),
     ],
     output: Annotated[Path, typer.Option(help="PREFIX of the files to write.")],
@@ -40,8 +42,24 @@ def preprocess(  # noqa: PLR0913 - a command's parameters are its options
     ] = None,
     workers: Annotated[int, typer.Option(min=1, help="Processes that tokenize and check pictures.")] = 1,
     on_bad: Annotated[
-        Literal["error", "skip"], typer.Option(help="Stop at a bad document, or list it in PREFIX.skipped.jsonl.")
+        Literal["error", "skip"],
+        typer.Option(help="Stop at a bad document or damaged file, or list it in PREFIX.skipped.jsonl."),
     ] = "error",
+    text_field: Annotated[str, typer.Option(help="text: field or column of the text.")] = "text",
+    image_field: Annotated[
+        str,
+        typer.Option(help="captions: field or column of the picture: a path, bytes, or Hugging Face's pair of both."),
+    ] = "image",
+    caption_field: Annotated[
+        str,
+        typer.Option(
+            help="captions: field or column of the caption; in tars, another name takes the .json, not the .txt."
+        ),
+    ] = "caption",
+    image_folder: Annotated[
+        Path | None,
+        typer.Option(help="Folder where relative paths of pictures start.", show_default="that of the input file"),
+    ] = None,
     sequence_length: Annotated[int, typer.Option(min=1, help="T: a document's pictures must fit it together.")] = 2048,
     num_latents: Annotated[int, typer.Option(min=1, help="L: tokens that a picture takes beside its markers.")] = 64,
     max_images: Annotated[int | None, typer.Option(min=1, help="Filter: keep a document's first N pictures.")] = None,
@@ -52,11 +70,19 @@ def preprocess(  # noqa: PLR0913 - a command's parameters are its options
     drop_single_colour: Annotated[
         bool, typer.Option("--drop-single-colour", help="Filter: drop pictures of one colour.")
     ] = False,
+    drop_unusable_images: Annotated[
+        bool,
+        typer.Option(
+            "--drop-unusable-images",
+            help="Filter: drop pictures that are missing, remote or damaged, and keep their documents.",
+        ),
+    ] = False,
     max_shard_megabytes: Annotated[int, typer.Option(min=1, help="Size at which a picture shard is full.")] = 1024,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a corpus that is there already.")] = False,
 ) -> None:
     """Turn documents into an indexed binary of tokens, picture shards and a manifest."""
     from megatron_kosmos.data.filters import Filters
+    from megatron_kosmos.data.input_format import InputFormat
     from megatron_kosmos.data.preprocess import Preparation
     from megatron_kosmos.data.row_format import RowFormat
 
@@ -73,8 +99,15 @@ def preprocess(  # noqa: PLR0913 - a command's parameters are its options
                 halve_single_image=halve_single_image,
                 min_image_side=min_image_side,
                 drop_single_colour=drop_single_colour,
+                drop_unusable_images=drop_unusable_images,
             ),
             row_format=RowFormat(sequence_length=sequence_length, num_latents=num_latents),
+            input_format=InputFormat(
+                text_field=text_field,
+                image_field=image_field,
+                caption_field=caption_field,
+                image_folder=image_folder,
+            ),
             max_shard_bytes=max_shard_megabytes << 20,
             overwrite=overwrite,
         )

@@ -32,7 +32,13 @@ def register(app: typer.Typer) -> None:
 
 def train(  # noqa: PLR0913 - a command's parameters are its options
     *,
-    inputs: Annotated[list[Path], typer.Option("--input", help='.txt, or .jsonl with {"text": …} a line.')],
+    inputs: Annotated[
+        list[Path],
+        typer.Option(
+            "--input",
+            help='.txt, .jsonl with {"text": …} a line (both also .gz or .zst), or .parquet.',
+        ),
+    ],
     output: Output,
     vocab_size: Annotated[int, typer.Option(min=1, help="Ids, special tokens and 256 bytes included.")],
     more_inputs: Annotated[
@@ -42,17 +48,20 @@ def train(  # noqa: PLR0913 - a command's parameters are its options
         Literal["unigram", "bpe", "byte-bpe"],
         typer.Option(help="Kind of model: sentencepiece's, or byte-level BPE as GPT-2's."),
     ] = "unigram",
+    text_field: Annotated[str, typer.Option(help="Field or column of the text.")] = "text",
     newlines: Newlines = "auto",
     threads: Annotated[int, typer.Option(min=1, help="Threads; another number may choose other pieces.")] = 16,
 ) -> None:
     """Train a tokenizer on text, with the special tokens at ids 0 to 6."""
     from megatron_kosmos.data.documents import read_texts
+    from megatron_kosmos.data.input_format import InputFormat
     from megatron_kosmos.data.tokenizer_making import TrainingSettings, train_tokenizer
 
     policy = None if newlines == "auto" else newlines
     settings = TrainingSettings(vocab_size, model_type=model_type, newlines=policy, num_threads=threads)
     with _told_plainly():
-        texts = (text for file in (*inputs, *(more_inputs or ())) for text in read_texts(file))
+        names = InputFormat(text_field=text_field)
+        texts = (text for file in (*inputs, *(more_inputs or ())) for text in read_texts(file, names))
         tokenizer = train_tokenizer(texts, settings)
         tokenizer.save(output)
     _describe(tokenizer, output)

@@ -1,41 +1,65 @@
-"""The three kinds of source document and their readers: text, image-caption pairs, interleaved pages.
+"""The three kinds of source document: text, image-caption pairs, interleaved pages.
 
 Reading has two steps, so that worker processes can share the second: `read_records` cuts a file into raw records,
 `parse_record` makes a `Document` of one or says, with file and line, what is wrong with it.
 """
 
-from collections.abc import Iterator
+import base64
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import unquote, unquote_to_bytes, urlsplit
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ValidationError
 
-from megatron_kosmos.config.base import StrictModel
-from megatron_kosmos.data.errors import BadDocument, DataError
-from megatron_kosmos.data.webdataset_tars import Sample, read_tar
+from megatron_kosmos.data.columns import choose_columns
+from megatron_kosmos.data.errors import BadDocument, DataError, MissingImage
+from megatron_kosmos.data.html_pages import MAX_PAGE_BYTES, PictureSource, parse_page
+from megatron_kosmos.data.img2dataset import IMAGE_EXTENSIONS, failed_downloads, with_picture
+from megatron_kosmos.data.input_format import USUAL, InputFormat
+from megatron_kosmos.data.layouts import Fields, Picture, error_place, lay_out, read_caption
+from megatron_kosmos.data.readers.parquet import read_rows
+from megatron_kosmos.data.readers.records import DamagedFile, RawRecord, Row, Sample, Unreadable
+from megatron_kosmos.data.readers.streams import format_suffix, read_lines, read_whole
+from megatron_kosmos.data.readers.tars import read_tar
 from megatron_kosmos.prompt import SourceKind
 
 SUFFIXES: dict[SourceKind, tuple[str, ...]] = {
-    "text": (".jsonl", ".txt"),
-    "caption": (".jsonl", ".tar"),
-    "interleaved": (".jsonl",),
+    "text": (".jsonl", ".json", ".txt", ".parquet"),
+    "caption": (".jsonl", ".json", ".tsv", ".tar", ".parquet"),
+    "interleaved": (".jsonl", ".json", ".html", ".htm", ".parquet"),
 }
-"""What an input file of each kind may be."""
-
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+"""What an input file of each kind may be; .json holds lines of JSON too, as in C4."""
+CONTAINERS = (".tar", ".parquet")
+"""Those that have no .gz or .zst behind their suffix."""
 TEXT_EXTENSIONS = ("txt", "json")
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 
 
 @dataclass(frozen=True)
 class ImageReference:
-    """A picture of a document: a file, or bytes that came with the document."""
+    """A picture of a document: a file, bytes that came with the document, or None for one that is elsewhere."""
 
     name: str
-    source: Path | bytes
+    source: Path | bytes | None
 
     def read(self) -> bytes:
-        """Return the encoded picture. Raises OSError when its file cannot be read."""
-        return self.source if isinstance(self.source, bytes) else self.source.read_bytes()
+        """Return the encoded picture. Raises MissingImage when it cannot be read."""
+        if isinstance(self.source, bytes):
+            return self.source
+        if self.source is None:
+            raise MissingImage(
+                "remote_image",
+                f"{self.name} is an address, not a picture on this machine: download the pictures first, with"
+                " img2dataset, and prepare what it writes",
+            )
+        if not self.source.is_file():
+            raise MissingImage("missing_image", f"there is no picture at {self.source}")
+        try:
+            return self.source.read_bytes()
+        except OSError as error:
+            raise MissingImage("missing_image", f"the picture at {self.source}: {error.strerror}") from error
 
 
 @dataclass(frozen=True)
@@ -44,168 +68,160 @@ class Document:
 
     parts: tuple[str | ImageReference, ...]
     origin: str
-    """`file:line`, or `file.tar:member`."""
-
-
-@dataclass(frozen=True)
-class RawRecord:
-    """One document as it lies in its file, not looked into yet."""
-
-    file: Path
-    place: str
-    """Line number, or name of the member of a tar."""
-    content: bytes | Sample
-
-    @property
-    def origin(self) -> str:
-        """Where a person finds it."""
-        return f"{self.file}:{self.place}"
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes that it has in its file."""
-        if isinstance(self.content, Sample):
-            return sum(map(len, self.content.members.values()))
-        return len(self.content)
-
-
-class _Line(StrictModel):
-    """A line of JSON: fields besides ours are the user's own."""
-
-    model_config = ConfigDict(extra="ignore", strict=True)
-
-
-class _TextLine(_Line):
-    text: str
-
-
-class _CaptionLine(_Line):
-    image: str
-    caption: str
-
-
-class _TarCaption(_Line):
-    caption: str
-
-
-class _TextPart(StrictModel):
-    text: str
-
-
-class _ImagePart(StrictModel):
-    image: str
-
-
-class _InterleavedLine(_Line):
-    parts: list[_TextPart | _ImagePart]
-
-
-_LINES: dict[SourceKind, TypeAdapter[_TextLine] | TypeAdapter[_CaptionLine] | TypeAdapter[_InterleavedLine]] = {
-    "text": TypeAdapter(_TextLine),
-    "caption": TypeAdapter(_CaptionLine),
-    "interleaved": TypeAdapter(_InterleavedLine),
-}
+    """`file:line`, `file.parquet:row N`, or `file.tar:key`."""
 
 
 def check_input(kind: SourceKind, file: Path) -> None:
     """Raise DataError unless `file` exists and its name fits `kind`."""
     if not file.is_file():
         raise DataError(f"no input file at {file}")
-    if file.suffix not in SUFFIXES[kind]:
-        raise DataError(f"{file}: {kind} documents come in {' or '.join(SUFFIXES[kind])} files, not {file.suffix!r}")
+    suffix, suffixes = format_suffix(file), SUFFIXES[kind]
+    if suffix not in suffixes or (suffix in CONTAINERS and file.suffix != suffix):
+        legal = [name if name in CONTAINERS else f"{name}[.gz|.zst]" for name in suffixes]
+        raise DataError(f"{file}: {kind} documents come in {' or '.join(legal)} files, not {file.name!r}")
 
 
-def read_records(kind: SourceKind, file: Path) -> Iterator[RawRecord]:
-    """Yield the raw documents of `file` in order: lines, members of a tar, or the whole of a .txt.
+def read_records(kind: SourceKind, file: Path, names: InputFormat = USUAL) -> Iterator[RawRecord]:
+    """Yield the raw documents of `file` in order: lines, rows, members of a tar, or a whole file.
 
-    Lines of white space alone are no documents. Raises DataError for a file of another kind or a damaged tar.
+    Lines of white space alone are no documents. A damaged file ends with a record that says so. Raises DataError for a
+    file of another kind or without the fields that are needed.
     """
     check_input(kind, file)
-    if file.suffix == ".txt":
-        yield RawRecord(file, "1", file.read_bytes())
-    elif file.suffix == ".tar":
-        for sample in read_tar(file):
-            yield RawRecord(file, sample.key, sample)
-    else:
-        with file.open("rb") as lines:
-            for number, line in enumerate(lines, start=1):
-                if not line.isspace():
-                    yield RawRecord(file, str(number), line)
+    try:
+        yield from _read(kind, file, names)
+    except DamagedFile as damage:
+        yield RawRecord(damage.file, damage.place, Unreadable("damaged_file", damage.detail), file.stat().st_size)
 
 
-def parse_record(kind: SourceKind, record: RawRecord) -> Document:
-    """Return the document of `record`. Raises BadDocument; pictures are referred to, not read."""
-    if isinstance(record.content, Sample):
-        parts = _parse_sample(record, record.content)
-    elif record.file.suffix == ".txt":
-        parts = (_decode(record, record.content),)
-    else:
-        parts = _parse_line(kind, record, record.content)
+def parse_record(kind: SourceKind, record: RawRecord, names: InputFormat = USUAL) -> Document:
+    """Return the document of `record`; pictures are referred to, not read.
+
+    Raises BadDocument, and LeftOut for what its own source marks as one without content.
+    """
+    parts = tuple(_RecordParser(kind, record, names).parts())
     if not any(isinstance(part, str) and part.strip() for part in parts):
         what = "no text beside its pictures" if any(isinstance(part, ImageReference) for part in parts) else "no text"
         raise BadDocument(record.origin, "empty_document", f"the document has {what}")
     return Document(parts, record.origin)
 
 
-def read_texts(file: Path) -> Iterator[str]:
+def read_texts(file: Path, names: InputFormat = USUAL) -> Iterator[str]:
     """Yield the texts of a file of text documents. Raises DataError for the first one that cannot be used."""
-    for record in read_records("text", file):
-        yield from (part for part in parse_record("text", record).parts if isinstance(part, str))
+    for record in read_records("text", file, names):
+        yield from (part for part in parse_record("text", record, names).parts if isinstance(part, str))
 
 
-def _parse_line(kind: SourceKind, record: RawRecord, content: bytes) -> tuple[str | ImageReference, ...]:
-    text = _decode(record, content.rstrip(b"\r\n"))
-    try:
-        line = _LINES[kind].validate_json(text)
-    except ValidationError as error:
-        raise _bad_json(record, error) from error
-    if isinstance(line, _TextLine):
-        return (line.text,)
-    if isinstance(line, _CaptionLine):
-        return (_refer(record, line.image), line.caption)
-    return tuple(part.text if isinstance(part, _TextPart) else _refer(record, part.image) for part in line.parts)
+def _read(kind: SourceKind, file: Path, names: InputFormat) -> Iterator[RawRecord]:
+    match format_suffix(file):
+        case ".txt":
+            yield from read_whole(file)
+        case ".html" | ".htm":
+            yield from read_whole(file, MAX_PAGE_BYTES)
+        case ".tar":
+            yield from read_tar(file)
+            yield from failed_downloads(file)
+        case ".parquet":
+            for record in read_rows(file, lambda columns: choose_columns(kind, file, columns, names)):
+                yield with_picture(record, names.image_field) if kind == "caption" else record
+        case _:
+            yield from read_lines(file)
 
 
-def _parse_sample(record: RawRecord, sample: Sample) -> tuple[str | ImageReference, ...]:
-    images = [extension for extension in IMAGE_EXTENSIONS if extension in sample.members]
-    texts = [extension for extension in TEXT_EXTENSIONS if extension in sample.members]
-    found = ", ".join(f"{sample.key}.{extension}" for extension in sample.members)
-    if not images:
-        raise BadDocument(record.origin, "missing_image", f"the tar has no picture of it, only {found}")
-    if not texts:
-        raise BadDocument(record.origin, "missing_caption", f"the tar has no .txt or .json of it, only {found}")
-    if len(images) > 1:
-        raise BadDocument(record.origin, "wrong_fields", f"one caption, but several pictures: {found}")
-    caption = _decode(record, sample.members[texts[0]])
-    if texts[0] == "json":
+class _RecordParser:
+    """Takes one record apart."""
+
+    def __init__(self, kind: SourceKind, record: RawRecord, names: InputFormat) -> None:
+        self._kind, self._record, self._names = kind, record, names
+
+    def parts(self) -> Sequence[str | ImageReference]:
+        content = self._record.content
+        if isinstance(content, Unreadable):
+            raise self._bad(content.reason, content.detail)
+        if isinstance(content, Sample):
+            return self._parse_sample(content)
+        if isinstance(content, Row):
+            return self._lay_out(content.values)
+        match format_suffix(self._record.file):
+            case ".txt":
+                return (self._decode(content),)
+            case ".html" | ".htm":
+                parts = parse_page(self._decode(content))
+                return [self._refer_to_source(part) if isinstance(part, PictureSource) else part for part in parts]
+            case ".tsv":
+                return self._parse_pair(self._decode(content.rstrip(b"\r\n")))
+        return self._lay_out(self._decode(content.rstrip(b"\r\n")))
+
+    def _lay_out(self, fields: Fields) -> Sequence[str | ImageReference]:
         try:
-            caption = _TarCaption.model_validate_json(caption).caption
+            parts = lay_out(self._kind, fields, self._names)
         except ValidationError as error:
-            raise _bad_json(record, error) from error
-    return (ImageReference(f"{sample.key}.{images[0]}", sample.members[images[0]]), caption)
+            raise self._bad_fields(error) from error
+        return [self._refer(part) if isinstance(part, Picture) else part for part in parts]
 
+    def _parse_pair(self, line: str) -> Sequence[str | ImageReference]:
+        fields = line.split("\t")
+        if len(fields) != 2:
+            raise self._bad("wrong_fields", f"caption<tab>path are 2 fields, not {len(fields)}")
+        return (self._refer(Picture(path=fields[1])), fields[0])
 
-def _refer(record: RawRecord, name: str) -> ImageReference:
-    path = record.file.parent / name
-    if not path.is_file():
-        raise BadDocument(record.origin, "missing_image", f"there is no picture at {path}")
-    return ImageReference(name, path)
+    def _parse_sample(self, sample: Sample) -> Sequence[str | ImageReference]:
+        found = ", ".join(f"{sample.key}.{extension}" for extension in sample.members)
+        images = [extension for extension in IMAGE_EXTENSIONS if extension in sample.members]
+        wanted = TEXT_EXTENSIONS if self._names.caption_field == USUAL.caption_field else ("json",)
+        texts = [extension for extension in wanted if extension in sample.members]
+        if not images:
+            raise self._bad("missing_image", f"the tar has no picture of it, only {found}")
+        if not texts:
+            raise self._bad("missing_caption", f"the tar has no .{' or .'.join(wanted)} of it, only {found}")
+        if len(images) > 1:
+            raise self._bad("wrong_fields", f"one caption, but several pictures: {found}")
+        caption = self._decode(sample.members[texts[0]])
+        if texts[0] == "json":
+            try:
+                caption = read_caption(caption, self._names)
+            except ValidationError as error:
+                raise self._bad_fields(error) from error
+        return (ImageReference(f"{sample.key}.{images[0]}", sample.members[images[0]]), caption)
 
+    def _refer(self, picture: Picture) -> ImageReference:
+        name = picture.path or "the picture"
+        if picture.data is not None:
+            return ImageReference(name, picture.data)
+        if _URL.match(name):
+            return ImageReference(name, None)
+        folder = self._names.image_folder or self._record.file.parent
+        return ImageReference(name, folder / name)
 
-def _decode(record: RawRecord, content: bytes) -> str:
-    try:
-        return content.decode("utf-8")
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        origin = f"{record.file}:{line}" if record.file.suffix == ".txt" else record.origin
-        raise BadDocument(
-            origin, "invalid_utf8", f"byte {error.start} ({content[error.start]:#04x}) is not UTF-8"
-        ) from error
+    def _refer_to_source(self, source: str) -> ImageReference:
+        """Return the picture of an `<img src>`: a path in an address's notation, an address, or data."""
+        try:
+            address = urlsplit(source)
+            if address.scheme == "data":
+                declaration, _, data = address.path.partition(",")
+                raw = unquote_to_bytes(data)
+                return ImageReference("data:", base64.b64decode(raw) if declaration.endswith(";base64") else raw)
+        except ValueError as error:
+            raise self._bad("wrong_fields", f"src of an image: {error}") from error
+        if address.scheme or address.netloc:
+            return ImageReference(source, None)
+        return self._refer(Picture(path=unquote(address.path).lstrip("/")))
 
+    def _decode(self, content: bytes) -> str:
+        try:
+            return content.decode("utf-8")
+        except UnicodeDecodeError as error:
+            record, problem = self._record, f"byte {error.start} ({content[error.start]:#04x}) is not UTF-8"
+            if format_suffix(record.file) not in (".txt", ".html", ".htm"):
+                raise self._bad("invalid_utf8", problem) from error
+            line = content.count(b"\n", 0, error.start) + 1
+            raise BadDocument(f"{record.file}:{line}", "invalid_utf8", problem) from error
 
-def _bad_json(record: RawRecord, error: ValidationError) -> BadDocument:
-    problem = error.errors(include_url=False)[0]
-    reason = "invalid_json" if problem["type"] == "json_invalid" else "wrong_fields"
-    field = ".".join(str(part) for part in problem["loc"])
-    message = problem["msg"].replace("at line 1 column", "at column")  # the line of the file is in the origin
-    return BadDocument(record.origin, reason, f"{field}: {message}" if field else message)
+    def _bad_fields(self, error: ValidationError) -> BadDocument:
+        kind, field, message = error_place(error)
+        message = message.replace("at line 1 column", "at column")  # the line of the file is in the origin
+        reason = "invalid_json" if kind == "json_invalid" else "wrong_fields"
+        return self._bad(reason, f"{field}: {message}" if field else message)
+
+    def _bad(self, reason: str, detail: str) -> BadDocument:
+        return BadDocument(self._record.origin, reason, detail)

@@ -15,10 +15,12 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from megatron_kosmos.data.decoding import decode_image, extension, open_image
-from megatron_kosmos.data.documents import Document, ImageReference, RawRecord, parse_record
-from megatron_kosmos.data.errors import BadDocument, DataError
+from megatron_kosmos.data.documents import Document, ImageReference, parse_record
+from megatron_kosmos.data.errors import BadDocument, DataError, LeftOut, MissingImage
 from megatron_kosmos.data.filters import Filters
 from megatron_kosmos.data.indexed import token_dtype
+from megatron_kosmos.data.input_format import USUAL, InputFormat
+from megatron_kosmos.data.readers.records import RawRecord
 from megatron_kosmos.data.row_format import RowFormat
 from megatron_kosmos.data.tokenizer import KosmosTokenizer
 from megatron_kosmos.prompt import SourceKind
@@ -51,9 +53,9 @@ class EncodedChunk:
     bad: list[BadDocument] = field(default_factory=list)
     """Documents that cannot be used, in order."""
     filtered: Counter[str] = field(default_factory=Counter)
-    """Documents that a filter dropped, by filter."""
+    """Documents that a filter dropped, by filter, or that their source marks as empty."""
     dropped_images: Counter[str] = field(default_factory=Counter)
-    """Pictures that a filter dropped, by filter."""
+    """Pictures that a filter dropped, by filter or by what was wrong with them."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,7 @@ class EncoderSettings:
     tokenizer: Path
     filters: Filters
     row_format: RowFormat
+    input_format: InputFormat = USUAL
 
 
 class Encoder:
@@ -71,6 +74,7 @@ class Encoder:
 
     def __init__(self, settings: EncoderSettings) -> None:
         self.kind, self.filters, self.row_format = settings.kind, settings.filters, settings.row_format
+        self.input_format = settings.input_format
         self.tokenizer = KosmosTokenizer.load(settings.tokenizer)
         self._dtype = token_dtype(self.tokenizer.vocab_size)
 
@@ -79,9 +83,11 @@ class Encoder:
         chunk = EncodedChunk()
         for record in records:
             try:
-                encoded = self.encode(parse_record(self.kind, record), chunk)
+                encoded = self.encode(parse_record(self.kind, record, self.input_format), chunk)
             except BadDocument as problem:
                 chunk.bad.append(problem)
+            except LeftOut as left_out:
+                chunk.filtered[left_out.reason] += 1
             else:
                 if encoded is not None:
                     chunk.documents.append(encoded)
@@ -96,8 +102,14 @@ class Encoder:
                 content.update(part.encode())
                 tokens += self.tokenizer.encode(part)
                 continue
-            data = _read(part, document.origin)
-            image, suffix = _decode(part, data, document.origin)
+            try:
+                data = _read(part, document.origin)
+                image, suffix = _decode(part, data, document.origin)
+            except BadDocument as unusable:
+                if not self.filters.drop_unusable_images:
+                    raise
+                chunk.dropped_images[unusable.reason] += 1
+                continue
             dropped = self._reason_to_drop(image, len(images))
             if dropped is not None:
                 chunk.dropped_images[dropped] += 1
@@ -132,8 +144,8 @@ class Encoder:
 def _read(reference: ImageReference, origin: str) -> bytes:
     try:
         return reference.read()
-    except OSError as error:
-        raise BadDocument(origin, "missing_image", f"{reference.name}: {error.strerror}") from error
+    except MissingImage as error:
+        raise BadDocument(origin, error.reason, error.detail) from error
 
 
 def _decode(reference: ImageReference, data: bytes, origin: str) -> tuple[Image.Image, str]:

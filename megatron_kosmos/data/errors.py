@@ -18,3 +18,19 @@ class BadDocument(DataError):
 
     def __str__(self) -> str:
         return f"{self.origin}: {self.detail} [{self.reason}]"
+
+
+class LeftOut(Exception):
+    """A document that its source itself marks as one without content, with a `reason` that reports can count."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+class MissingImage(DataError):
+    """A picture that cannot be read, with a `reason` that reports can count."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(detail)
+        self.reason, self.detail = reason, detail

@@ -1,4 +1,4 @@
-"""What preparation may leave out of interleaved documents: the paper's filters."""
+"""What preparation may leave out of documents: the paper's filters, and pictures that downloads lack."""
 
 from pydantic import PositiveInt
 
@@ -6,7 +6,7 @@ from megatron_kosmos.config.base import StrictModel
 
 
 class Filters(StrictModel):
-    """The paper's choice among interleaved documents (arXiv 2302.14045, section 3.1); all off by default."""
+    """The paper's choice among interleaved documents (arXiv 2302.14045, section 3.1), and ours; all off by default."""
 
     max_images: PositiveInt | None = None
     """Pictures of a document to keep; later ones are dropped, their text stays. The paper: 5."""
@@ -16,3 +16,5 @@ class Filters(StrictModel):
     """Drop pictures with a shorter side, in pixels. The paper: 64."""
     drop_single_colour: bool = False
     """Drop pictures of one colour."""
+    drop_unusable_images: bool = False
+    """Drop pictures that are missing, remote or damaged instead of the documents that have them. Not in the paper."""

@@ -9,6 +9,7 @@ from pydantic import NonNegativeInt, PositiveInt, ValidationError
 from megatron_kosmos.config.base import StrictModel
 from megatron_kosmos.data.errors import DataError
 from megatron_kosmos.data.filters import Filters
+from megatron_kosmos.data.input_format import InputFormat
 from megatron_kosmos.data.row_format import RowFormat
 from megatron_kosmos.prompt import SourceKind
 
@@ -29,6 +30,8 @@ class PreparationSettings(StrictModel):
     filters: Filters
     row_format: RowFormat
     max_shard_bytes: PositiveInt
+    input_format: InputFormat = InputFormat()
+    """Corpora that were prepared before it existed have the usual one."""
 
 
 class Manifest(StrictModel):
@@ -44,7 +47,7 @@ class Manifest(StrictModel):
     skipped: dict[str, NonNegativeInt]
     """Documents that could not be used, by reason; `PREFIX.skipped.jsonl` lists them."""
     filtered: dict[str, NonNegativeInt]
-    """Documents that a filter dropped, by filter."""
+    """Documents that a filter dropped, by filter; `not_downloaded`: listed by img2dataset as failed."""
     dropped_images: dict[str, NonNegativeInt]
     """Pictures that a filter dropped from documents, by filter."""
     vocab_size: PositiveInt

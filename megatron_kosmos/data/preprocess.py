@@ -17,6 +17,7 @@ from megatron_kosmos.data.errors import BadDocument, DataError
 from megatron_kosmos.data.filters import Filters
 from megatron_kosmos.data.image_store import ImageShardWriter
 from megatron_kosmos.data.indexed import IndexedWriter, token_dtype
+from megatron_kosmos.data.input_format import InputFormat
 from megatron_kosmos.data.manifest import (
     SUFFIX,
     Manifest,
@@ -51,6 +52,7 @@ class Preparation:
     filters: Filters = field(default_factory=Filters)
     row_format: RowFormat = field(default_factory=RowFormat)
     """What the pictures of one document must fit together."""
+    input_format: InputFormat = field(default_factory=InputFormat)
     max_shard_bytes: int = 1 << 30
     """A shard that has as many is followed by another."""
     overwrite: bool = False
@@ -72,7 +74,13 @@ def prepare(preparation: Preparation, on_progress: Progress = lambda num_bytes, 
     tokenizer = KosmosTokenizer.load(preparation.tokenizer)
     if path_with(preparation.output, SUFFIX).exists() and not preparation.overwrite:
         raise DataError(f"there is a corpus at {preparation.output} already; give --overwrite to replace it")
-    settings = EncoderSettings(preparation.kind, preparation.tokenizer, preparation.filters, preparation.row_format)
+    settings = EncoderSettings(
+        preparation.kind,
+        preparation.tokenizer,
+        preparation.filters,
+        preparation.row_format,
+        preparation.input_format,
+    )
     with Staging(preparation.output) as staging:
         writer = CorpusWriter(staging, preparation, tokenizer)
         for chunk, num_bytes in encode_files(settings, preparation.inputs, preparation.num_workers):
@@ -148,6 +156,7 @@ class CorpusWriter:
                 filters=preparation.filters,
                 row_format=preparation.row_format,
                 max_shard_bytes=preparation.max_shard_bytes,
+                input_format=preparation.input_format,
             ),
             files=self._staging.records(),
         )

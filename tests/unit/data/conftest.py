@@ -6,6 +6,7 @@ from pathlib import Path
 from pydoc_data.topics import topics
 
 import numpy as np
+import pyarrow
 import pytest
 from PIL import Image
 
@@ -69,3 +70,17 @@ def write_lines(tmp_path: Path) -> Callable[[str, Sequence[str]], Path]:
         return path
 
     return write
+
+
+@pytest.fixture
+def compress() -> Callable[[bytes, str], bytes]:
+    """Returns data as a .gz or .zst file has it, in two pieces as parallel compressors write; "" leaves it plain."""
+
+    def make(data: bytes, suffix: str) -> bytes:
+        if not suffix:
+            return data
+        pieces = data[: len(data) // 2], data[len(data) // 2 :]
+        codec = pyarrow.Codec({".gz": "gzip", ".zst": "zstd"}[suffix])
+        return b"".join(codec.compress(piece, asbytes=True) for piece in pieces)
+
+    return make

@@ -11,6 +11,7 @@ import pytest
 
 from megatron_kosmos.data.documents import Document, ImageReference, parse_record, read_records, read_texts
 from megatron_kosmos.data.errors import BadDocument, DataError
+from megatron_kosmos.data.readers.records import MAX_RECORD_BYTES
 from megatron_kosmos.prompt import SourceKind
 
 WriteLines = Callable[[str, Sequence[str]], Path]
@@ -84,13 +85,18 @@ def test_interleaved(write_lines: WriteLines, tmp_path: Path) -> None:
         ("text", '{"text": 3}', "wrong_fields", "text: Input should be a valid string"),
         ("text", '{"text": ""}', "empty_document", "no text"),
         ("text", '{"text": " \\n\\t"}', "empty_document", "no text"),
-        ("caption", '{"image": "none.png", "caption": "x"}', "missing_image", "there is no picture at"),
         ("caption", '{"caption": "x"}', "wrong_fields", "image: Field required"),
         ("caption", '{"image": "there.png", "caption": ""}', "empty_document", "no text beside its pictures"),
         ("interleaved", '{"parts": []}', "empty_document", "no text"),
         ("interleaved", '{"parts": [{"image": "there.png"}]}', "empty_document", "no text beside its pictures"),
         ("interleaved", '{"parts": [{"text": "x", "image": "there.png"}]}', "wrong_fields", "parts.0"),
-        ("interleaved", '{"parts": [{"text": "x"}, {"image": "none.png"}]}', "missing_image", "no picture at"),
+        (
+            "interleaved",
+            '["x"]',
+            "wrong_fields",
+            "an object with parts, or text_list and image_info, or images and texts",
+        ),
+        ("interleaved", '{"images": []}', "wrong_fields", "Input should be an object with parts, or text_list"),
     ],
 )
 def test_bad_lines(
@@ -139,20 +145,50 @@ def test_bad_members(tmp_path: Path, members: dict[str, bytes], reason: str) -> 
 def test_a_truncated_tar_is_an_error_not_a_short_one(tmp_path: Path, cut: int) -> None:
     file = write_tar(tmp_path / "cut.tar", [("1.png", b"x" * 600), ("1.txt", b"one"), ("2.png", b"y")])
     file.write_bytes(file.read_bytes()[:cut])
-    with pytest.raises(DataError, match=rf"cut\.tar is truncated: after {cut} bytes"):
-        list(read_records("caption", file))
+    with pytest.raises(BadDocument, match=r"cut\.tar:.*: the tar cannot be read after this: .* \[damaged_file\]"):
+        read_documents("caption", file)
+
+
+def test_a_damaged_header_is_not_the_end_of_a_tar(tmp_path: Path) -> None:
+    file = write_tar(tmp_path / "a.tar", [("1.png", b"x"), ("1.txt", b"one"), ("2.png", b"y"), ("2.txt", b"two")])
+    content = bytearray(file.read_bytes())
+    content[4 * 512] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(BadDocument, match=r"at byte 2048 there is neither a member nor the end-of-archive mark"):
+        read_documents("caption", file)
 
 
 def test_a_tar_that_repeats_a_name(tmp_path: Path) -> None:
     file = write_tar(tmp_path / "twice.tar", [("1.png", b"x"), ("1.png", b"y")])
-    with pytest.raises(DataError, match=r"twice\.tar: cannot be read after .*duplicate file name"):
-        list(read_records("caption", file))
+    with pytest.raises(BadDocument, match=r"twice\.tar:the first sample: .*duplicate file name"):
+        read_documents("caption", file)
 
 
-@pytest.mark.parametrize("kind, name", [("text", "a.tar"), ("caption", "a.txt"), ("interleaved", "a.tar")])
+def test_what_is_before_the_damage_of_a_tar_is_read(tmp_path: Path) -> None:
+    file = write_tar(tmp_path / "a.tar", [("1.png", b"x"), ("1.txt", b"one"), ("2.png", b"y"), ("3.png", b"y" * 2000)])
+    file.write_bytes(file.read_bytes()[:4500])
+    sample, damage = read_records("caption", file)
+    assert parse_record("caption", sample).parts[1] == "one"
+    with pytest.raises(BadDocument, match=r"a\.tar:1: .*\[damaged_file\]"):
+        parse_record("caption", damage)
+
+
+def test_a_large_member_of_a_tar_is_not_read(tmp_path: Path) -> None:
+    path = tmp_path / "large.tar"
+    with tarfile.open(path, "w") as tar, (tmp_path / "large").open("wb+") as large:
+        large.truncate(MAX_RECORD_BYTES + 1)
+        tar.addfile(tar.gettarinfo(arcname="1.png", fileobj=large), large)
+    with pytest.raises(BadDocument, match=r"large\.tar:1: 1\.png has 67,108,865 bytes; 67,108,864 are the most"):
+        read_documents("caption", path)
+
+
+@pytest.mark.parametrize(
+    "kind, name",
+    [("text", "a.tar"), ("caption", "a.txt"), ("interleaved", "a.tar"), ("text", "a.parquet.gz"), ("text", "a.gz")],
+)
 def test_files_of_another_kind(tmp_path: Path, kind: SourceKind, name: str) -> None:
     (tmp_path / name).touch()
-    with pytest.raises(DataError, match=rf"{kind} documents come in \.jsonl"):
+    with pytest.raises(DataError, match=rf"{kind} documents come in \.jsonl\[\.gz\|\.zst\] or "):
         list(read_records(kind, tmp_path / name))
     with pytest.raises(DataError, match="no input file at"):
         list(read_records(kind, tmp_path / "none.jsonl"))

@@ -1,0 +1,1 @@
+"""The readers of input files: each cuts one container (lines, whole files, tars, parquet) into records."""

@@ -1,0 +1,78 @@
+"""Records: documents as they lie in their files, not looked into yet."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+MAX_RECORD_BYTES = 64 << 20
+"""The most that one line, file of text, row or member of a tar may have, decompressed: what a reader holds of it."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """The members of a tar that share a key, such as `000012.jpg` and `000012.txt`."""
+
+    key: str
+    members: Mapping[str, bytes]
+    """Content by extension, in lower case."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of a table: JSON's types, and bytes."""
+
+    values: Mapping[str, Any]
+    num_bytes: int
+    """Bytes that it has in memory, about."""
+
+
+@dataclass(frozen=True)
+class Unreadable:
+    """Stands for a record that cannot be read, or for the rest of a damaged file."""
+
+    reason: str
+    detail: str
+
+
+@dataclass(frozen=True)
+class RawRecord:
+    """One document as its file has it."""
+
+    file: Path
+    place: str
+    """Number of the line, `row N` (both from 1), or key of the members of a tar."""
+    content: bytes | Sample | Row | Unreadable
+    offset: int = 0
+    """Bytes of the file that are read once this record is, compressed ones where it is compressed: its progress."""
+
+    @property
+    def origin(self) -> str:
+        """Where a person finds it."""
+        return f"{self.file}:{self.place}"
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that it takes in memory, about."""
+        match self.content:
+            case Sample(members=members):
+                return sum(map(len, members.values()))
+            case Row(num_bytes=num_bytes):
+                return num_bytes
+            case Unreadable():
+                return 0
+            case data:
+                return len(data)
+
+
+class DamagedFile(Exception):
+    """A file that cannot be read any further, with the `place` where that was."""
+
+    def __init__(self, file: Path, place: str, detail: str) -> None:
+        super().__init__(file, place, detail)
+        self.file, self.place, self.detail = file, place, detail
+
+
+def too_large(num_bytes: int, limit: int, what: str) -> Unreadable:
+    """Return what stands for a record of more than `limit` bytes."""
+    return Unreadable("too_large", f"{what} has {num_bytes:,} bytes; {limit:,} are the most")

@@ -1,0 +1,79 @@
+"""Readers of lines and of whole files, plain or compressed with gzip or zstandard, in bounded memory."""
+
+import io
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+from megatron_kosmos.data.readers.records import MAX_RECORD_BYTES, DamagedFile, RawRecord, too_large
+
+COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
+BUFFER_BYTES = 1 << 20
+DECOMPRESSED_BYTES = 1 << 16
+"""What is decompressed at once, and lost where a file is cut."""
+
+
+def format_suffix(file: Path) -> str:
+    """Return the extension that names the format: `.jsonl` of `a.jsonl.zst`."""
+    return (file.with_suffix("") if file.suffix in COMPRESSIONS else file).suffix
+
+
+def read_lines(file: Path) -> Iterator[RawRecord]:
+    """Yield the lines of `file` that are more than white space. Raises DamagedFile."""
+    number = 0
+    with _open(file) as (stream, compressed):
+        try:
+            while line := stream.readline(MAX_RECORD_BYTES + 1):
+                number += 1
+                if len(line) > MAX_RECORD_BYTES:
+                    num_bytes = len(line) + _skip_line(stream, line)
+                    content = too_large(num_bytes, MAX_RECORD_BYTES, "the line")
+                    yield RawRecord(file, str(number), content, compressed.tell())
+                elif not line.isspace():
+                    yield RawRecord(file, str(number), line, compressed.tell())
+        except OSError as error:
+            raise DamagedFile(file, str(number + 1), f"the file cannot be read from here on: {error}") from error
+
+
+def read_whole(file: Path, limit: int = MAX_RECORD_BYTES) -> Iterator[RawRecord]:
+    """Yield the content of `file` as its only record. Raises DamagedFile."""
+    with _open(file) as (stream, compressed):
+        try:
+            content = stream.read(limit + 1)
+        except OSError as error:
+            raise DamagedFile(file, "1", f"the file cannot be read: {error}") from error
+        if len(content) <= limit:
+            yield RawRecord(file, "1", content, compressed.tell())
+        else:
+            large = too_large(_length(stream, content), limit, "the file, which would be one document,")
+            yield RawRecord(file, "1", large, compressed.tell())
+
+
+@contextmanager
+def _open(file: Path) -> Iterator[tuple[BinaryIO, BinaryIO]]:
+    """Give the decompressed stream, whose errors are OSErrors, and the one whose position is that in the file."""
+    with file.open("rb", buffering=BUFFER_BYTES) as plain:
+        if file.suffix not in COMPRESSIONS:
+            yield plain, plain
+            return
+        import pyarrow  # here, since processes that read nothing compressed need not load it
+
+        # Unlike the decompressors of Python's gzip and of zstandard, it takes a cut file of either kind for an error.
+        source = pyarrow.CompressedInputStream(pyarrow.PythonFile(plain, mode="r"), COMPRESSIONS[file.suffix])
+        yield io.BufferedReader(source, DECOMPRESSED_BYTES), plain
+
+
+def _skip_line(stream: BinaryIO, piece: bytes) -> int:
+    """Read on to the end of the line that begins with `piece`; return the number of bytes that were skipped."""
+    num_bytes = 0
+    while not piece.endswith(b"\n") and (piece := stream.readline(BUFFER_BYTES)):
+        num_bytes += len(piece)
+    return num_bytes
+
+
+def _length(stream: BinaryIO, begin: bytes) -> int:
+    num_bytes = len(begin)
+    while piece := stream.read(BUFFER_BYTES):
+        num_bytes += len(piece)
+    return num_bytes
