@@ -3,6 +3,7 @@
 import io
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import BinaryIO
 
@@ -14,6 +15,7 @@ DECOMPRESSED_BYTES = 1 << 16
 """What is decompressed at once, and lost where a file is cut."""
 
 
+@lru_cache(maxsize=1024)  # asked for every record
 def format_suffix(file: Path) -> str:
     """Return the extension that names the format: `.jsonl` of `a.jsonl.zst`."""
     return (file.with_suffix("") if file.suffix in COMPRESSIONS else file).suffix
