@@ -185,9 +185,9 @@ class _RecordParser:
         return (ImageReference(f"{sample.key}.{images[0]}", sample.members[images[0]]), caption)
 
     def _refer(self, picture: Picture) -> ImageReference:
-        name = picture.path or "the picture"
         if picture.data is not None:
-            return ImageReference(name, picture.data)
+            return ImageReference(picture.path or "the picture", picture.data)
+        name = picture.path or ""
         if _URL.match(name):
             return ImageReference(name, None)
         folder = self._names.image_folder or self._record.file.parent

@@ -8,8 +8,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from pydoc_data.topics import topics
 
+import pyarrow
 import pytest
 import typer
+from pyarrow import parquet
 from typer.testing import CliRunner
 
 from megatron_kosmos.cli import preprocess, tokenizer
@@ -90,6 +92,43 @@ def test_preprocess_reports_what_it_skipped(
     manifest = read_manifest(tmp_path / "c")
     assert (manifest.documents, manifest.sources) == (2, (str(good), str(mixed)))
     assert (manifest.settings.row_format.sequence_length, manifest.settings.row_format.num_latents) == (64, 4)
+
+
+def test_names_of_fields_and_a_folder_of_pictures(
+    kosmos: Kosmos, tokenizer_folder: Path, tmp_path: Path, picture: Callable[..., bytes]
+) -> None:
+    """Each option reaches the reader: with its default, the command fails."""
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures" / "a.png").write_bytes(picture())
+    file = tmp_path / "a.parquet"
+    parquet.write_table(pyarrow.table({"FILE": ["a.png", "none.png"], "TEXT": ["one", "two"]}), file)
+    options = {"--image-field": "FILE", "--caption-field": "TEXT", "--image-folder": tmp_path / "pictures"}
+    arguments = ("preprocess", "captions", "--input", file, "--output", tmp_path / "c", "--tokenizer", tokenizer_folder)
+    for left_out in options:
+        given = [word for option in options.items() if option[0] != left_out for word in option]
+        assert kosmos(*arguments, *given, "--drop-unusable-images")[0] != 0
+    given = [word for option in options.items() for word in option]
+    assert kosmos(*arguments, *given)[0] != 0
+    status, said = kosmos(*arguments, *given, "--drop-unusable-images")
+    assert status == 0, said
+    assert re.search(r"images dropped: missing_image *│ *1 ", said)
+    names = read_manifest(tmp_path / "c").settings.input_format
+    assert (names.image_field, names.caption_field, names.image_folder) == ("FILE", "TEXT", tmp_path / "pictures")
+
+    text = ("preprocess", "text", "--input", file, "--output", tmp_path / "t", "--tokenizer", tokenizer_folder)
+    status, said = kosmos(*text)
+    assert status != 0
+    status, said = kosmos(*text, "--text-field", "TEXT")
+    assert status == 0, said
+
+
+def test_a_tokenizer_from_a_column(kosmos: Kosmos, tmp_path: Path) -> None:
+    file = tmp_path / "a.parquet"
+    parquet.write_table(pyarrow.table({"content": list(topics.values())[:10]}), file)
+    arguments = ("tokenizer", "train", "--input", file, "--output", tmp_path / "tokenizer", "--vocab-size", 350)
+    assert kosmos(*arguments)[0] != 0
+    status, said = kosmos(*arguments, "--text-field", "content")
+    assert status == 0, said
 
 
 def test_the_tool_ends_with_the_message_alone(write_lines: WriteLines, tokenizer_folder: Path, tmp_path: Path) -> None:
