@@ -1,12 +1,15 @@
 """Where the tokens come from: tokenizer, prepared corpora and their weights."""
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
-from pydantic import NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from megatron_kosmos.config.base import StrictModel
 from megatron_kosmos.prompt import SourceKind
+
+Packing = Literal["concatenate", "best_fit", "best_fit_decreasing"]
 
 
 class CorpusConfig(StrictModel):
@@ -17,6 +20,12 @@ class CorpusConfig(StrictModel):
     """`PREFIX.bin`, `PREFIX.idx` and `PREFIX.manifest.json` are the files."""
     weight: PositiveFloat = 1.0
     """Share of the training tokens, relative to the other corpora."""
+    epochs: PositiveInt | None = None
+    """Training only: after so many passes the corpus ends, and its weight goes to the others of its kind, in proportion
+    to theirs; to all others when it was the last of its kind. Null: no end."""
+    heldout_fraction: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Share of the documents, chosen by a hash of their tokens, that is held out: `train` leaves them out, and an entry
+    of the same prefix in `heldout` has nothing else. Null: the whole corpus, in either list."""
 
 
 class DataConfig(StrictModel):
@@ -29,6 +38,14 @@ class DataConfig(StrictModel):
     train: tuple[CorpusConfig, ...]
     heldout: tuple[CorpusConfig, ...] = ()
     """Corpora for evaluation; no document of theirs may occur in `train`."""
+    packing: Packing = "concatenate"
+    """How documents of `train` fill sequences. `concatenate`: one after the other, cut where a sequence is full (the
+    paper's "full-sentence"). `best_fit`: whole, each into the fullest open sequence that it fits.
+    `best_fit_decreasing`: whole, the longest of an epoch first, which leaves the least padding. `heldout` is always
+    concatenated."""
+    skip_steps: tuple[tuple[PositiveInt, PositiveInt], ...] = ()
+    """Stretches `[first, last]` of the data that are passed over, in steps of a run that skips nothing, counted from 1;
+    later samples move up. A run may be resumed with others as long as they lie behind its checkpoint."""
     document_mask: bool = False
     """Keep attention within each document of a packed sequence and count its positions from 0. The paper packs plainly:
     false."""
@@ -42,3 +59,33 @@ class DataConfig(StrictModel):
         if not self.train:
             raise ValueError("train is empty; name at least one corpus")
         return self
+
+    @model_validator(mode="after")
+    def _heldout_corpora_have_one_epoch(self) -> Self:
+        for number, corpus in enumerate(self.heldout):
+            if corpus.epochs is not None:
+                raise ValueError(f"heldout.{number}.epochs={corpus.epochs} does nothing: only train has epochs")
+        return self
+
+    @model_validator(mode="after")
+    def _skipped_stretches_are_in_order(self) -> Self:
+        end = 0
+        for first, last in self.skip_steps:
+            if not end < first <= last:
+                raise ValueError(
+                    f"skip_steps={[list(stretch) for stretch in self.skip_steps]} must be stretches [first, last], "
+                    f"first <= last, each after the one before; [{first}, {last}] is not"
+                )
+            end = last
+        return self
+
+
+def data_step(step: int, skip_steps: Sequence[Sequence[int]]) -> int:
+    """Return which step's samples training step `step` takes when the stretches `skip_steps` are passed over.
+
+    Both are counted from 0, stretches from 1.
+    """
+    for first, last in skip_steps:
+        if step >= first - 1:
+            step += last - first + 1
+    return step

@@ -85,14 +85,20 @@ class Corpus:
 def data_fingerprint(data: DataConfig) -> str:
     """Return the sha256 (hexadecimal) of all that the order and content of training batches depend on but the seed.
 
-    That is: the files' contents by the checksums in their manifests, kinds and weights in their order, the tokenizer,
-    the sequence length. Where the files lie, worker processes and held-out corpora don't matter. Raises DataError.
+    That is: the files' contents by the checksums in their manifests, kinds, weights, epochs and held-out fractions in
+    their order, the tokenizer, the sequence length, the packing. Where the files lie, worker processes and held-out
+    corpora don't matter, nor do skipped steps, which may change behind the step that a run is at. Raises DataError.
     """
     digest = hashlib.sha256()
     tokenizer = KosmosTokenizer.load(data.tokenizer)
     digest.update(f"{tokenizer.fingerprint} {data.sequence_length}\n".encode())
+    # What is as it was before there was a choice is left out: checkpoints recorded the fingerprint without.
+    if data.packing != "concatenate":
+        digest.update(f"packing {data.packing}\n".encode())
     for corpus in data.train:
         manifest = read_manifest(corpus.prefix)
         checksums = sorted(record.sha256 for record in manifest.files.values())
         digest.update(f"{corpus.kind} {corpus.weight!r} {' '.join(checksums)}\n".encode())
+        if corpus.epochs is not None or corpus.heldout_fraction is not None:
+            digest.update(f"epochs {corpus.epochs} held out {corpus.heldout_fraction!r}\n".encode())
     return digest.hexdigest()

@@ -89,6 +89,11 @@ class IndexedReader:
         start = int(self._offsets[document]) // self.dtype.itemsize
         return self._tokens[start : start + int(self.lengths[document])]
 
+    def beginnings(self, first: int, stop: int, length: int) -> NDArray[Any]:
+        """Return the first `length` tokens of documents `first` … `stop` - 1, and anything where one has ended."""
+        starts = self._offsets[first:stop, None] // self.dtype.itemsize
+        return self._tokens[np.minimum(starts + np.arange(length), len(self._tokens) - 1)]
+
 
 def _index_arrays(lengths: NDArray[np.int32], itemsize: int) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
     """Return lengths, byte offsets and document boundaries as the index holds them."""

@@ -1,27 +1,32 @@
 """Batches: the samples of each step, cut into microbatches for one data-parallel rank and read ahead by workers.
 
-Step s takes the global samples s·G … (s+1)·G - 1. Row b of microbatch m on data-parallel rank r is sample
-s·G + (m·dp_size + r)·micro_batch_size + b, so that a step has the same samples under any number of ranks.
+Step s takes the global samples s·G … (s+1)·G - 1, or those of a later step where data are skipped. Row b of microbatch
+m on data-parallel rank r is sample s·G + (m·dp_size + r)·micro_batch_size + b, so that a step has the same samples
+under any number of ranks.
 
 G is the global batch size; S in shapes is the image side.
 """
 
 import logging
 from collections.abc import Generator, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Protocol
 
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from megatron_kosmos.batch import MultimodalBatch
-from megatron_kosmos.config.data import CorpusConfig, DataConfig
+from megatron_kosmos.config.data import CorpusConfig, DataConfig, data_step
 from megatron_kosmos.data.collate import Collator, ImageFormat, Microbatch
 from megatron_kosmos.data.corpus import Corpus
 from megatron_kosmos.data.decoding import decode_image
 from megatron_kosmos.data.errors import DataError
+from megatron_kosmos.data.heldout_split import Side, documents_of
 from megatron_kosmos.data.mixture import Mixture, Sample
 from megatron_kosmos.data.packing import Packer
+from megatron_kosmos.data.packing_report import CorpusPacking, PackingReport
+from megatron_kosmos.data.plan_store import PlanStore
 from megatron_kosmos.data.row_format import RowFormat
 from megatron_kosmos.data.tokenizer import KosmosTokenizer
 
@@ -38,6 +43,8 @@ class BatchGeometry:
     global_batch_size: int
     dp_rank: int = 0
     dp_size: int = 1
+    skip_steps: tuple[tuple[int, int], ...] = ()
+    """Stretches of steps, counted from 1, whose samples are passed over (`data.skip_steps`)."""
 
     def __post_init__(self) -> None:
         if self.global_batch_size % (self.micro_batch_size * self.dp_size):
@@ -54,7 +61,10 @@ class BatchGeometry:
     def samples(self, microbatch: int) -> range:
         """Return the global samples of this rank's microbatch, counted from the first step on."""
         step, within = divmod(microbatch, self.num_microbatches)
-        first = step * self.global_batch_size + (within * self.dp_size + self.dp_rank) * self.micro_batch_size
+        first = (
+            data_step(step, self.skip_steps) * self.global_batch_size
+            + (within * self.dp_size + self.dp_rank) * self.micro_batch_size
+        )
         return range(first, first + self.micro_batch_size)
 
 
@@ -68,18 +78,27 @@ class StepLoader:
     """The training batches of one data-parallel rank, a pure function of (seed, step)."""
 
     def __init__(
-        self, data: DataConfig, images: ImageFormat, geometry: BatchGeometry, seed: int, decode_images: bool = True
+        self,
+        data: DataConfig,
+        images: ImageFormat,
+        geometry: BatchGeometry,
+        seed: int,
+        decode_images: bool = True,
+        plan_folder: Path | None = None,
     ) -> None:
         """Open the corpora. `decode_images` is for ranks that hold the vision tower; others get [0, 3, S, S].
 
-        Raises DataError when tokenizer or corpora are damaged or don't fit each other.
+        What is packed into which row is planned once for all processes that share `plan_folder`; without it each worker
+        process plans and holds it for itself. Raises DataError when tokenizer or corpora are damaged or don't fit each
+        other.
         """
         self.tokenizer = KosmosTokenizer.load(data.tokenizer)
-        packers = _open_packers(data, data.train, images, self.tokenizer)
+        packers = _open_packers(data, data.train, images, self.tokenizer, "train")
         collator = _collator(data, images, packers, decode_images)
-        mixture = Mixture(packers, [corpus.weight for corpus in data.train], seed)
-        self._geometry = geometry
-        self._microbatches = _Microbatches(mixture, geometry, collator)
+        weights, num_epochs = [corpus.weight for corpus in data.train], [corpus.epochs for corpus in data.train]
+        self._mixture = Mixture(packers, weights, seed, data.packing, num_epochs, PlanStore(plan_folder))
+        self._data, self._geometry = data, replace(geometry, skip_steps=data.skip_steps)
+        self._microbatches = _Microbatches(self._mixture, self._geometry, collator)
         self._num_workers = data.num_workers if decode_images else 0
         self.num_bad_images = 0
         """Pictures that did not decode and were replaced by a blank one so far (`on_bad_document: skip`)."""
@@ -88,12 +107,40 @@ class StepLoader:
         """Yield the microbatches of steps `start` … `stop` - 1, a list for each.
 
         Raises DataError, with shard, offset and document, for a picture that does not decode, unless
-        `on_bad_document` is "skip".
+        `on_bad_document` is "skip", and before the first step where the data don't last until `stop`.
         """
+        num_samples, size = self._mixture.blend.num_samples, self._geometry.global_batch_size
+        if num_samples is not None and (data_step(stop - 1, self._data.skip_steps) + 1) * size > num_samples:
+            raise DataError(
+                f"every corpus of data.train has a number of epochs, and together they last for "
+                f"{self._training_step(num_samples // size)} steps, not {stop}; give one of them more epochs, or none, "
+                f"or take fewer steps"
+            )
         for step in _read_steps(self._microbatches, range(start, stop), self._num_workers):
             for microbatch in step:
                 self.num_bad_images += len(microbatch.bad_images)
             yield [microbatch.unwrap() for microbatch in step]
+
+    def packing_report(self) -> PackingReport:
+        """Return how well the first epoch of each corpus is packed, and when corpora end. Plans what is not planned."""
+        ends = {
+            corpus: self._training_step(sample // self._geometry.global_batch_size)
+            for corpus, sample in self._mixture.blend.ends.items()
+        }
+        return PackingReport(
+            self._data.packing,
+            self._data.sequence_length,
+            [
+                CorpusPacking(str(corpus.prefix), corpus.weight, summary, ends.get(number))
+                for number, (corpus, summary) in enumerate(
+                    zip(self._data.train, self._mixture.summaries(), strict=True)
+                )
+            ],
+        )
+
+    def _training_step(self, step: int) -> int:
+        """Return how many training steps the first `step` steps of the data are."""
+        return step - sum(max(0, min(step, last) - first + 1) for first, last in self._data.skip_steps)
 
 
 def heldout_batches(
@@ -110,7 +157,7 @@ def heldout_batches(
     mask is false everywhere. Raises DataError.
     """
     tokenizer = KosmosTokenizer.load(data.tokenizer)
-    (packer,) = packers = _open_packers(data, [corpus], images, tokenizer)
+    (packer,) = packers = _open_packers(data, [corpus], images, tokenizer, "heldout")
     rows = _HeldoutRows(packer, num_sequences)
     num_steps = -(-len(rows) // geometry.global_batch_size)
     microbatches = _Microbatches(rows, geometry, _collator(data, images, packers, decode_images))
@@ -128,7 +175,7 @@ def heldout_captions(data: DataConfig, corpus: CorpusConfig, n: int) -> list[tup
     if opened.images is None or opened.kind != "caption":
         raise DataError(f"{corpus.prefix} holds {opened.kind} documents; captions need a corpus of kind: caption")
     pairs = []
-    for document in range(min(n, len(opened))):
+    for document in documents_of(opened, corpus, "heldout")[:n].tolist():
         (image,) = opened.images_of(document)
         try:
             picture = decode_image(opened.images.read(image))
@@ -195,12 +242,14 @@ def _unchanged(microbatch: Any) -> Any:
 
 
 def _open_packers(
-    data: DataConfig, corpora: Sequence[CorpusConfig], images: ImageFormat, tokenizer: KosmosTokenizer
+    data: DataConfig, corpora: Sequence[CorpusConfig], images: ImageFormat, tokenizer: KosmosTokenizer, side: Side
 ) -> list[Packer]:
     row_format = RowFormat(sequence_length=data.sequence_length, num_latents=images.num_latents)
     packers = []
     for config in corpora:
-        packer = Packer(Corpus(config, tokenizer), row_format, tokenizer, data.on_bad_document == "skip")
+        corpus = Corpus(config, tokenizer)
+        documents = documents_of(corpus, config, side)
+        packer = Packer(corpus, row_format, tokenizer, data.on_bad_document == "skip", documents)
         if packer.num_misfits:
             logger.warning(
                 "%s: %d documents have too many pictures for a row and are left out", config.prefix, packer.num_misfits

@@ -1,36 +1,46 @@
-"""Packing documents into rows of T tokens: concatenation across documents that never cuts a picture's block.
+"""Packing documents into rows of T tokens so that no picture's block is cut.
 
-The documents of an epoch form one stream, in which a picture is a block of L + 2 tokens: `<image>`, L slots and
-`</image>`. Row after row takes the next T tokens (the "full-sentence" format of arXiv 2302.14045, section 3.2). Where a
-block would be cut, the rest of the row is padding and the next row begins with the block. Captions are blocks as
-wholes: a text without its picture teaches nothing.
+In the stream of an epoch's documents a picture is a block of L + 2 tokens: `<image>`, L slots and `</image>`. Captions
+are blocks as wholes: a text without its picture teaches nothing.
+- `concatenate`: row after row takes the next T tokens (the "full-sentence" format of arXiv 2302.14045, section 3.2).
+  Where a block would be cut, the rest of the row is padding and the next row begins with the block.
+- `best_fit`, `best_fit_decreasing`: rows hold whole documents (data/bins.py). Only a document longer than a row is cut,
+  into pieces as long as they may be, and what is left of it is packed like a document. Rows are shuffled.
 
-Shape letters: T tokens of a row, L slots of a picture, D documents, N pictures.
+Shape letters: T tokens of a row, L slots of a picture, D documents, N pieces of documents.
 """
 
-from array import array
-from bisect import bisect_left
+import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_kosmos.config.data import Packing
+from megatron_kosmos.data.bins import best_fit, best_fit_decreasing
 from megatron_kosmos.data.corpus import Corpus
+from megatron_kosmos.data.cutting import Int64Array, cut_documents, cut_rows
 from megatron_kosmos.data.errors import DataError
 from megatron_kosmos.data.row_format import RowFormat
 from megatron_kosmos.data.tokenizer import KosmosTokenizer
 
-Int64Array = NDArray[np.int64]
+Shuffle = Callable[[int], Int64Array]
+"""Returns a permutation of so many items."""
 
 
 @dataclass(frozen=True)
 class EpochPlan:
     """Where the rows of one epoch lie in its stream of tokens."""
 
-    order: Int64Array
-    """Documents in the order of the epoch: [D]."""
-    document_starts: Int64Array
-    """Where each of them starts in the stream, and the stream's length: [D + 1]."""
+    documents: Int64Array
+    """Documents, or pieces of them, in the order of the stream: [N]."""
+    piece_starts: Int64Array
+    """Where each of them starts in the stream, and the stream's length: [N + 1]."""
+    offsets: Int64Array | None
+    """Token of its document that each piece begins with: [N]. None: rows are cut out of a stream of whole documents, so
+    that a row may begin within one, and what follows its last token is the next row's first."""
     row_starts: Int64Array
     row_stops: Int64Array
     """Row k holds the tokens row_starts[k] … row_stops[k] - 1 and padding. Together rows hold every token once."""
@@ -39,6 +49,18 @@ class EpochPlan:
     def num_rows(self) -> int:
         """Rows of the epoch."""
         return len(self.row_starts)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the epoch, slots included."""
+        return int(self.piece_starts[-1])
+
+    def count_cut_documents(self) -> int:
+        """Return the number of documents that lie in more than one row."""
+        if self.offsets is not None:
+            return len(np.unique(self.documents[self.offsets > 0]))
+        places = np.searchsorted(self.piece_starts, self.row_starts, side="right") - 1
+        return len(np.unique(places[self.piece_starts[places] < self.row_starts]))
 
 
 @dataclass(frozen=True)
@@ -63,47 +85,31 @@ class PackedRow:
         return replace(self, loss_mask=np.zeros_like(self.loss_mask))
 
 
-def cut_rows(
-    total: int, block_starts: Int64Array, block_stops: Int64Array, length: int
-) -> tuple[Int64Array, Int64Array]:
-    """Cut a stream of `total` tokens into rows of at most `length` that cut no block; return their starts and stops.
-
-    Blocks are sorted, disjoint and at most `length` long.
-    """
-    if len(block_starts) == 0:
-        starts = np.arange(0, total, length, dtype=np.int64)
-        return starts, np.minimum(starts + length, total)
-    first, last = array("q", block_starts.tobytes()), array("q", block_stops.tobytes())
-    cuts = array("q", [0])
-    cut, block = 0, 0
-    while cut + length < total:
-        cut += length
-        block = bisect_left(first, cut, lo=block) - 1  # the last block that starts before the cut
-        if block >= 0 and last[block] > cut:
-            cut = first[block]
-        block = max(block, 0)
-        if cut <= cuts[-1]:
-            raise ValueError(f"the block at {cut} has {last[block] - cut} tokens, a row {length}")
-        cuts.append(cut)
-    cuts.append(total)
-    edges = np.frombuffer(cuts, dtype=np.int64)
-    return edges[:-1], edges[1:]
-
-
 class Packer:
     """The rows of one corpus under one row format."""
 
-    def __init__(self, corpus: Corpus, row_format: RowFormat, tokenizer: KosmosTokenizer, skip_misfits: bool) -> None:
-        """Raises DataError for a document whose pictures don't fit a row, unless `skip_misfits` leaves it out."""
+    def __init__(
+        self,
+        corpus: Corpus,
+        row_format: RowFormat,
+        tokenizer: KosmosTokenizer,
+        skip_misfits: bool,
+        documents: Int64Array | None = None,
+    ) -> None:
+        """Take the corpus, or `documents` of it, sorted.
+
+        Raises DataError for a document whose pictures don't fit a row, unless `skip_misfits` leaves it out.
+        """
         self.corpus, self._format, self._tokenizer = corpus, row_format, tokenizer
         self._num_images = num_images = corpus.num_images
-        fits = num_images <= row_format.max_images
-        self.documents: Int64Array = np.flatnonzero(fits)
+        documents = np.arange(len(corpus)) if documents is None else documents
+        fits = num_images[documents] <= row_format.max_images
+        self.documents: Int64Array = documents[fits]
         """Documents that are packed."""
-        self.num_misfits = len(corpus) - len(self.documents)
+        self.num_misfits = len(documents) - len(self.documents)
         """Documents that are left out because they have too many pictures for a row."""
         if self.num_misfits and not (skip_misfits and len(self.documents)):
-            misfit = int(np.argmin(fits))
+            misfit = int(documents[np.argmin(fits)])
             options = f"--sequence-length {row_format.sequence_length} --num-latents {row_format.num_latents}"
             raise DataError(
                 f"{corpus.prefix}: document {misfit} (and {self.num_misfits - 1} more): "
@@ -114,13 +120,51 @@ class Packer:
         """Tokens of each document in the stream, slots included: [D]."""
         self._is_whole = (corpus.kind == "caption") & (self._lengths <= row_format.sequence_length)
 
-    def plan(self, order: Int64Array) -> EpochPlan:
-        """Plan the rows of the documents `order`, in that order. A million documents take about a second."""
-        starts = np.zeros(len(order) + 1, dtype=np.int64)
-        np.cumsum(self._lengths[order], out=starts[1:])
-        block_starts, block_stops = self._blocks(order, starts)
-        row_starts, row_stops = cut_rows(int(starts[-1]), block_starts, block_stops, self._format.sequence_length)
-        return EpochPlan(order, starts, row_starts, row_stops)
+    @cached_property
+    def identity(self) -> str:
+        """All that plans depend on besides the order of the documents."""
+        files = sorted(record.sha256 for record in self.corpus.manifest.files.values())
+        documents = hashlib.sha256(self.documents.data).hexdigest()
+        return f"{self.corpus.kind} {files} {self._format.model_dump_json()} {documents}"
+
+    def plan(self, order: Int64Array, packing: Packing = "concatenate", shuffle: Shuffle = np.arange) -> EpochPlan:
+        """Plan the rows of the documents `order`, in that order; `shuffle` orders rows of whole documents."""
+        length = self._format.sequence_length
+        if packing != "concatenate":
+            return self._plan_whole_documents(
+                order, best_fit if packing == "best_fit" else best_fit_decreasing, shuffle
+            )
+        starts = _running_sum(self._lengths[order])
+        row_starts, row_stops = cut_rows(int(starts[-1]), *self._blocks(order, starts), length)
+        return EpochPlan(order, starts, None, row_starts, row_stops)
+
+    def _plan_whole_documents(
+        self, order: Int64Array, choose_rows: Callable[[Int64Array, int], Int64Array], shuffle: Shuffle
+    ) -> EpochPlan:
+        documents, offsets, sizes = self._pieces(order)
+        rows = choose_rows(sizes, self._format.sequence_length)
+        num_rows = int(rows.max()) + 1
+        rows = shuffle(num_rows)[rows]
+        by_row = np.argsort(rows, kind="stable")  # within a row, documents stay in their order
+        starts = _running_sum(sizes[by_row])
+        edges = starts[_running_sum(np.bincount(rows, minlength=num_rows))]
+        return EpochPlan(documents[by_row], starts, offsets[by_row], edges[:-1], edges[1:])
+
+    def _pieces(self, order: Int64Array) -> tuple[Int64Array, Int64Array, Int64Array]:
+        """Return the documents `order`, those longer than a row in pieces: document, first token and length of each."""
+        lengths = self._lengths[order]
+        is_long = lengths > self._format.sequence_length
+        if not is_long.any():
+            return order, np.zeros_like(lengths), lengths
+        starts = _running_sum(lengths[is_long])
+        cuts = cut_documents(starts, *self._blocks(order[is_long], starts), self._format.sequence_length)
+        counts = np.ones_like(lengths)
+        counts[is_long] = np.diff(np.searchsorted(cuts, starts))
+        is_cut = np.repeat(is_long, counts)
+        sizes, offsets = np.repeat(lengths, counts), np.zeros(len(is_cut), dtype=np.int64)
+        sizes[is_cut] = np.diff(cuts, append=starts[-1])
+        offsets[is_cut] = cuts - np.repeat(starts[:-1], counts[is_long])
+        return np.repeat(order, counts), offsets, sizes
 
     def _blocks(self, order: Int64Array, starts: Int64Array) -> tuple[Int64Array, Int64Array]:
         """Return where the stream's uncuttable blocks start and stop, in order."""
@@ -147,20 +191,27 @@ class Packer:
         """Return row `number` of `plan`. Raises DataError when the corpus contradicts its own index."""
         length = self._format.sequence_length
         start, stop = int(plan.row_starts[number]), int(plan.row_stops[number])
-        is_full = stop - start == length
-        stop_read = min(stop + 1, int(plan.document_starts[-1])) if is_full else stop  # a full row needs one label more
+        is_full = stop - start == length  # its last column needs one label more
+        runs_on = is_full and plan.offsets is None
+        stop_read = min(stop + 1, plan.num_tokens) if runs_on else stop
         ids = np.full(length + 1, self._tokenizer.pad_id, dtype=np.int64)
         is_target = np.zeros(length + 1, dtype=np.bool_)
         document_ids = np.full(length + 1, -1, dtype=np.int32)
         images: list[int] = []
         columns: list[int] = []
-        place = int(np.searchsorted(plan.document_starts, start, side="right")) - 1
+        place = int(np.searchsorted(plan.piece_starts, start, side="right")) - 1
         number_in_row = 0
-        while plan.document_starts[place] < stop_read:
-            document, offset = int(plan.order[place]), int(plan.document_starts[place])
-            low, high = max(start, offset), min(stop_read, int(plan.document_starts[place + 1]))
+        while plan.piece_starts[place] < stop_read:
+            document, offset = int(plan.documents[place]), int(plan.piece_starts[place])
+            low, high = max(start, offset), min(stop_read, int(plan.piece_starts[place + 1]))
+            if plan.offsets is not None:
+                offset -= int(plan.offsets[place])  # where the document would start
+                if is_full and high == stop and high - offset < self._lengths[document]:
+                    high += 1  # the rest of this document is in another row
             row = slice(low - start, high - start)
             ids[row], is_target[row], slots = self._read(document, low - offset, high - offset)
+            if plan.offsets is not None:
+                is_target[low - start] = False  # before it in this row is another document, or nothing
             document_ids[row] = number_in_row
             for image, slot in slots:
                 if offset + slot < stop:  # else its `<image>` is only the last label
@@ -190,3 +241,10 @@ class Packer:
         first_slots = positions + 1 + num_latents * np.arange(len(positions))
         pictures = [pair for pair in zip(numbers, first_slots.tolist(), strict=True) if low <= pair[1] - 1 < high]
         return ids[low:high], is_text[low:high], pictures
+
+
+def _running_sum(sizes: Int64Array) -> Int64Array:
+    """Return where each of the items starts, and where the last one ends."""
+    starts = np.zeros(len(sizes) + 1, dtype=np.int64)
+    np.cumsum(sizes, out=starts[1:])
+    return starts

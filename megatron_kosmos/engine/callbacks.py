@@ -9,6 +9,7 @@ from torch.profiler import ProfilerActivity, profile, schedule, tensorboard_trac
 
 from megatron_kosmos.checkpoint.tensors import JSON
 from megatron_kosmos.config import RunConfig
+from megatron_kosmos.data.packing_report import PackingReport
 from megatron_kosmos.engine.checkpointing import CheckpointStore
 from megatron_kosmos.engine.costs import training_flops
 from megatron_kosmos.engine.stage import Stage
@@ -37,6 +38,22 @@ class Checkpointing:
             with self.runner.timers.section("save"):
                 folder = self.store.save(report.step, self.stage, self.state)
             logger.info("saved %s", folder)
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+class PackingMetrics:
+    """Puts what is known of the packing into the metrics; on rank 0, before `Metrics`."""
+
+    def __init__(self, run: RunConfig, report: PackingReport) -> None:
+        self.every = run.logging.metrics_every
+        self.scalars = {"packing_efficiency": report.efficiency, "documents_cut": report.documents_cut}
+
+    def after_step(self, report: StepReport) -> None:
+        """Add the scalars where metrics are written anyway."""
+        if report.is_due(self.every) or report.scalars:
+            report.scalars.update(self.scalars)
 
     def close(self) -> None:
         """Nothing is open."""

@@ -26,6 +26,7 @@ from megatron_kosmos.checkpoint.mesh import CheckpointMesh
 from megatron_kosmos.checkpoint.save import save_checkpoint
 from megatron_kosmos.checkpoint.tensors import JSON, TensorShard
 from megatron_kosmos.config import RunConfig
+from megatron_kosmos.config.data import data_step
 from megatron_kosmos.engine.stage import Stage
 from megatron_kosmos.model.names import NamedParameter
 from megatron_kosmos.optim.adamw import MOMENTS
@@ -109,9 +110,11 @@ class CheckpointStore:
         _check_order(folder, state, run)
         if data is not None and state["data"] != data:
             raise CheckpointError(
-                f"{folder} was trained on other data: corpora, weights, tokenizer or sequence length have changed, so "
-                f"the run can't go on where it was; restore data.* or start a new run_dir"
+                f"{folder} was trained on other data: corpora, weights, tokenizer, sequence length or packing have "
+                f"changed, so the run can't go on where it was; restore data.* or start a new run_dir"
             )
+        if data is not None:
+            check_skipped_steps(folder, state, run)
         trained = _trained_names(folder)
         parameters = {
             one.name: _empty_state(one, (MASTER, *MOMENTS) if one.name in trained else (MASTER,)) for one in named
@@ -184,6 +187,23 @@ def _check_order(folder: Path, state: Mapping[str, Any], run: RunConfig) -> None
                 f"{folder} was trained with training.{field}={saved}, not {now}: with another one the data would go on "
                 f"somewhere else; restore it or start a new run_dir"
             )
+
+
+def check_skipped_steps(folder: Path, state: Mapping[str, Any], run: RunConfig) -> None:
+    """Refuse other stretches of skipped data before the checkpoint; behind it they may change."""
+    saved = _skipped_before(state["step"], state["config"]["data"].get("skip_steps", ()))
+    now = _skipped_before(state["step"], run.data.skip_steps)
+    if saved != now:
+        raise CheckpointError(
+            f"{folder} was trained with data.skip_steps={saved} before its step {state['step']}, not {now}; "
+            f"restore them, or go on from a checkpoint before the stretch that is to be skipped"
+        )
+
+
+def _skipped_before(step: int, skip_steps: Sequence[Sequence[int]]) -> list[list[int]]:
+    """Return the stretches that the first `step` steps passed over."""
+    next_step = data_step(step - 1, skip_steps) + 1
+    return [[first, last] for first, last in skip_steps if last < next_step]
 
 
 def _check_architecture(folder: Path, state: Mapping[str, Any], run: RunConfig) -> None:

@@ -2,7 +2,7 @@
 
 from megatron_kosmos.config import ConfigError, RunConfig
 from megatron_kosmos.data.corpus import data_fingerprint
-from megatron_kosmos.data.manifest import read_manifest
+from megatron_kosmos.data.heldout_split import refuse_overlap
 from megatron_kosmos.data.tokenizer import KosmosTokenizer
 from megatron_kosmos.optim.installed import check_installed
 
@@ -23,5 +23,4 @@ def check_before_start(run: RunConfig, world_size: int) -> None:
             f"data.tokenizer={run.data.tokenizer}, which has {tokenizer.vocab_size} tokens; set it to at least that"
         )
     data_fingerprint(run.data)
-    for corpus in run.data.heldout:
-        read_manifest(corpus.prefix)
+    refuse_overlap(run.data)

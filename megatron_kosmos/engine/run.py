@@ -10,7 +10,7 @@ from megatron_kosmos.config import RunConfig, save_config
 from megatron_kosmos.data.corpus import data_fingerprint
 from megatron_kosmos.data.loader import BatchGeometry, ImageFormat, StepLoader
 from megatron_kosmos.engine.builder import build_stage
-from megatron_kosmos.engine.callbacks import Checkpointing, Metrics, Profiling
+from megatron_kosmos.engine.callbacks import Checkpointing, Metrics, PackingMetrics, Profiling
 from megatron_kosmos.engine.checkpointing import CHECKPOINTS, CheckpointStore
 from megatron_kosmos.engine.heldout import HeldoutEvaluation
 from megatron_kosmos.engine.train_step import StepRunner
@@ -20,6 +20,9 @@ from megatron_kosmos.observability.metrics import MetricsWriter
 from megatron_kosmos.parallel.topology import Topology, build_topology
 
 logger = logging.getLogger(__name__)
+
+PLANS = "plans"
+"""Folder of the run that says what is packed into which sequence; written again when it is gone."""
 
 
 def train(run: RunConfig, device: torch.device) -> None:
@@ -40,6 +43,9 @@ def train(run: RunConfig, device: torch.device) -> None:
         return
     runner = StepRunner(run, stage, topology)
     loader = _loader(run, topology)
+    packing = loader.packing_report()
+    if dist.get_rank() == 0:
+        logger.info("%s", packing)
     writer = MetricsWriter(run.run_dir, first_step + 1) if dist.get_rank() == 0 else None
     if writer is not None:
         save_config(run, run.run_dir / "config.yaml")
@@ -48,6 +54,7 @@ def train(run: RunConfig, device: torch.device) -> None:
     if run.logging.profile_steps is not None:
         callbacks.append(Profiling(run, first_step, dist.get_rank()))
     if writer is not None:
+        callbacks.append(PackingMetrics(run, packing))
         callbacks.append(Metrics(run, runner, writer, dist.get_world_size(), first_step))
     Trainer(run, runner, callbacks).train(first_step, loader.steps(first_step, run.training.steps))
     if loader.num_bad_images:
@@ -60,4 +67,5 @@ def _loader(run: RunConfig, topology: Topology) -> StepLoader:
         run.training.micro_batch_size, run.training.global_batch_size, topology.dp_rank, topology.dp_size
     )
     images = ImageFormat(run.model.resampler.num_latents, run.model.vision.image_size)
-    return StepLoader(run.data, images, geometry, run.training.seed, decode_images=topology.is_first_stage)
+    decode_images, plans = topology.is_first_stage, run.run_dir / PLANS
+    return StepLoader(run.data, images, geometry, run.training.seed, decode_images, plans)

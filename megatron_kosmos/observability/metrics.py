@@ -24,6 +24,8 @@ GROUPS: Final = {
     "grad_norm": "optimizer/grad_norm",
     "tokens": "data/tokens",
     "images": "data/images",
+    "packing_efficiency": "data/packing_efficiency",
+    "documents_cut": "data/documents_cut",
     "tokens_per_second": "speed/tokens_per_second",
     "images_per_second": "speed/images_per_second",
     "mfu": "speed/mfu",

@@ -91,6 +91,10 @@ def test_the_fingerprint_changes_with_what_batches_depend_on(
         fingerprint(captions),
         fingerprint(captions, heavier),
         fingerprint(captions, text, sequence_length=65),
+        fingerprint(captions, text, packing="best_fit"),
+        fingerprint(captions, text, packing="best_fit_decreasing"),
+        fingerprint(captions, text.model_copy(update={"epochs": 2})),
+        fingerprint(captions, text.model_copy(update={"heldout_fraction": 0.5})),
     ]
     others.append(fingerprint(captions, prepare_corpus("text", write_lines("other.jsonl", ['{"text": "another"}']))))
-    assert len({base, *others}) == 6
+    assert len({base, *others}) == 10

@@ -11,11 +11,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_kosmos.config import CorpusConfig
+from megatron_kosmos.config.data import Packing
+from megatron_kosmos.data.blend import Blend, EndingBlend, Share
 from megatron_kosmos.data.corpus import Corpus
-from megatron_kosmos.data.mixture import Blend, Epochs, Mixture, shuffled
+from megatron_kosmos.data.hashing import shuffled
+from megatron_kosmos.data.mixture import Epochs, Mixture
 from megatron_kosmos.data.packing import Packer
 from megatron_kosmos.data.row_format import RowFormat
 from megatron_kosmos.data.tokenizer import KosmosTokenizer
+from megatron_kosmos.prompt import SOURCE_KINDS, SourceKind
 
 weights = st.lists(st.floats(0.001, 1000).map(lambda x: round(x, 3)), min_size=1, max_size=20)
 THE_PAPERS_TEXT = (21.8, 17.7, 16.2, 14.7, 10.6, 10.2, 5.4, 1.1, 1.0, 1.0, 0.2)
@@ -113,3 +117,67 @@ def test_any_index_can_be_read_first(packers: list[Packer]) -> None:
         assert np.array_equal(fresh.row.input_ids, in_order[index].row.input_ids)
     other_seed = Mixture(packers, [1.0, 2.0], seed=4)
     assert any(not np.array_equal(other_seed[i].row.input_ids, in_order[i].row.input_ids) for i in range(5))
+
+
+@given(
+    weights=st.lists(st.sampled_from([0.1, 0.5, 1.0, 2.0, 3.0]), min_size=1, max_size=6),
+    limits=st.lists(st.one_of(st.none(), st.integers(1, 30)), min_size=6, max_size=6),
+    kinds=st.lists(st.sampled_from(SOURCE_KINDS), min_size=6, max_size=6),
+)
+def test_a_corpus_ends_after_its_rows_and_its_weight_goes_to_its_kind(
+    weights: list[float], limits: list[int | None], kinds: list[SourceKind]
+) -> None:
+    shares = [Share(kind, weight, limit) for kind, weight, limit in zip(kinds, weights, limits, strict=False)]
+    blend = EndingBlend(shares)
+    assert (blend.num_samples is None) == any(share.num_rows is None for share in shares)
+    stop = 150 if blend.num_samples is None else blend.num_samples
+    drawn = Counter[int]()
+    for index in range(stop):
+        corpus, number = blend.locate(index)
+        assert number == drawn[corpus]  # every row once, in its order
+        drawn[corpus] += 1
+        assert index < blend.ends.get(corpus, stop)
+    for corpus, end in blend.ends.items():
+        assert end > stop or drawn[corpus] == shares[corpus].num_rows
+    if blend.num_samples is not None:
+        with pytest.raises(IndexError):
+            blend.locate(stop)
+    # As long as a kind has a corpus left, it has its share.
+    starts = sorted({0, *(end for end in blend.ends.values() if end < stop)})
+    total = sum(weights)
+    for first, last in zip(starts, [*starts[1:], stop], strict=True):
+        kinds_left = {share.kind for corpus, share in enumerate(shares) if blend.ends.get(corpus, stop + 1) > first}
+        if kinds_left != {share.kind for share in shares}:
+            break
+        counts = Counter(shares[blend.locate(index)[0]].kind for index in range(first, last))
+        for kind in kinds_left:
+            expected = (last - first) * sum(share.weight for share in shares if share.kind == kind) / total
+            assert abs(counts[kind] - expected) < 2 * len(shares)
+
+
+def test_a_blend_that_was_written_down() -> None:
+    """Text b has two rows; then text a has the weight of both. The order may never change under a run that resumes."""
+    blend = EndingBlend([Share("text", 1.0), Share("text", 1.0, num_rows=2), Share("caption", 2.0)])
+    assert "".join("abc"[blend.locate(index)[0]] for index in range(20)) == "cacbcacbcacacacacaca"
+    assert blend.ends == {1: 11}  # its third row would be sample 11
+    assert blend.num_samples is None
+
+
+def test_a_corpus_of_two_epochs(packers: list[Packer]) -> None:
+    mixture = Mixture(packers, [1.0, 1.0], 3, num_epochs=[None, 2])
+    endless = Mixture(packers, [1.0, 1.0], 3)
+    end = mixture.blend.ends[1]
+    before = [mixture[index] for index in range(end)]
+    assert Counter(image for sample in before for image in sample.row.images) == dict.fromkeys(range(40), 2)
+    assert all(sample.row.images == endless[index].row.images for index, sample in enumerate(before))
+    assert {mixture[index].corpus for index in range(end, end + 20)} == {0}
+
+
+@pytest.mark.parametrize("packing", ["best_fit", "best_fit_decreasing"])
+def test_rows_of_whole_documents_are_shuffled(packers: list[Packer], packing: Packing) -> None:
+    epochs = Epochs(packers[0], seed=1, stream=0, packing=packing)
+    fill = [int((epochs.row(number).document_ids >= 0).sum()) for number in range(epochs.count_rows(1))]
+    assert fill != sorted(fill)
+    assert fill != sorted(fill, reverse=True)
+    summary = epochs.summary(0)
+    assert (summary.num_rows, summary.num_tokens) == (len(fill), sum(fill))

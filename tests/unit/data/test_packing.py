@@ -10,55 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from megatron_kosmos.config import CorpusConfig
-from megatron_kosmos.data.corpus import Corpus
-from megatron_kosmos.data.encoding import EncodedChunk, EncodedDocument, EncodedImage
+from megatron_kosmos.data.cutting import cut_rows
 from megatron_kosmos.data.errors import DataError
-from megatron_kosmos.data.packing import PackedRow, Packer, cut_rows
-from megatron_kosmos.data.preprocess import CorpusWriter, Preparation
+from megatron_kosmos.data.packing import PackedRow, Packer
 from megatron_kosmos.data.row_format import RowFormat
-from megatron_kosmos.data.staging import Staging
 from megatron_kosmos.data.tokenizer import KosmosTokenizer
-from megatron_kosmos.prompt import SourceKind
-
-PAD, BOS, EOS, IMAGE, END = 0, 1, 2, 4, 5
-PICTURE = "picture"
-Parts = list[int | str]
-"""A document: ids of text, and pictures."""
+from tests.unit.data.made_corpora import BOS, END, EOS, IMAGE, PAD, PICTURE, Parts, make_corpus, stream_of
 
 parts = st.lists(st.one_of(st.integers(7, 399), st.just(PICTURE)), max_size=20)
-
-
-def make_corpus(folder: Path, kind: SourceKind, documents: list[Parts], tokenizer: KosmosTokenizer) -> Corpus:
-    """Write `documents` as a real corpus; a picture's bytes are never decoded here."""
-    prefix = folder / "corpus"
-    chunk = EncodedChunk()
-    for document in documents:
-        tokens, images = [BOS], list[EncodedImage]()
-        for part in document:
-            if isinstance(part, int):
-                tokens.append(part)
-            else:
-                images.append(EncodedImage(b"x", "png", len(tokens)))
-                tokens += [IMAGE, END]
-        chunk.documents.append(EncodedDocument(np.array([*tokens, EOS], dtype="<u2"), images))
-    with Staging(prefix) as staging:
-        writer = CorpusWriter(staging, Preparation(kind, (), prefix, Path()), tokenizer)
-        writer.append(chunk)
-        writer.finish()
-    return Corpus(CorpusConfig(kind=kind, prefix=prefix), tokenizer)
-
-
-def stream_of(documents: list[Parts], num_latents: int) -> list[tuple[int, bool, int]]:
-    """Return the epoch as (id, is text, document) one token after the other, written down naively."""
-    stream: list[tuple[int, bool, int]] = []
-    for number, document in enumerate(documents):
-        stream.append((BOS, False, number))
-        for part in document:
-            block = [IMAGE, *[PAD] * num_latents, END]
-            stream += [(part, True, number)] if isinstance(part, int) else [(i, False, number) for i in block]
-        stream.append((EOS, True, number))
-    return stream
 
 
 def content(row: PackedRow) -> NDArray[np.bool_]:

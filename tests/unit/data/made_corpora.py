@@ -1,0 +1,50 @@
+"""Corpora of a few made-up ids in the real file formats, and what their documents are as streams of tokens."""
+
+from pathlib import Path
+
+import numpy as np
+
+from megatron_kosmos.config import CorpusConfig
+from megatron_kosmos.data.corpus import Corpus
+from megatron_kosmos.data.encoding import EncodedChunk, EncodedDocument, EncodedImage
+from megatron_kosmos.data.preprocess import CorpusWriter, Preparation
+from megatron_kosmos.data.staging import Staging
+from megatron_kosmos.data.tokenizer import KosmosTokenizer
+from megatron_kosmos.prompt import SourceKind
+
+PAD, BOS, EOS, IMAGE, END = 0, 1, 2, 4, 5
+PICTURE = "picture"
+Parts = list[int | str]
+"""A document: ids of text, and pictures."""
+
+
+def make_corpus(folder: Path, kind: SourceKind, documents: list[Parts], tokenizer: KosmosTokenizer) -> Corpus:
+    """Write `documents` as a real corpus; a picture's bytes are never decoded here."""
+    prefix = folder / "corpus"
+    chunk = EncodedChunk()
+    for document in documents:
+        tokens, images = [BOS], list[EncodedImage]()
+        for part in document:
+            if isinstance(part, int):
+                tokens.append(part)
+            else:
+                images.append(EncodedImage(b"x", "png", len(tokens)))
+                tokens += [IMAGE, END]
+        chunk.documents.append(EncodedDocument(np.array([*tokens, EOS], dtype="<u2"), images))
+    with Staging(prefix) as staging:
+        writer = CorpusWriter(staging, Preparation(kind, (), prefix, Path()), tokenizer)
+        writer.append(chunk)
+        writer.finish()
+    return Corpus(CorpusConfig(kind=kind, prefix=prefix), tokenizer)
+
+
+def stream_of(documents: list[Parts], num_latents: int) -> list[tuple[int, bool, int]]:
+    """Return the epoch as (id, is text, document) one token after the other, written down naively."""
+    stream: list[tuple[int, bool, int]] = []
+    for number, document in enumerate(documents):
+        stream.append((BOS, False, number))
+        for part in document:
+            block = [IMAGE, *[PAD] * num_latents, END]
+            stream += [(part, True, number)] if isinstance(part, int) else [(i, False, number) for i in block]
+        stream.append((EOS, True, number))
+    return stream

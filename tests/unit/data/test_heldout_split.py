@@ -1,0 +1,118 @@
+"""No document is trained on and held out: the sides of a corpus are disjoint, and what would overlap is refused."""
+
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megatron_kosmos.config import CorpusConfig, DataConfig
+from megatron_kosmos.data.corpus import Corpus
+from megatron_kosmos.data.errors import DataError
+from megatron_kosmos.data.heldout_split import documents_of, refuse_overlap
+from megatron_kosmos.data.loader import BatchGeometry, ImageFormat, StepLoader, heldout_batches, heldout_captions
+from megatron_kosmos.data.tokenizer import KosmosTokenizer
+
+PrepareLines = Callable[[str, Sequence[str]], CorpusConfig]
+
+
+@pytest.fixture
+def prepare_texts(
+    prepare_corpus: Callable[..., CorpusConfig], write_lines: Callable[[str, Sequence[str]], Path]
+) -> PrepareLines:
+    return lambda name, texts: prepare_corpus("text", write_lines(name, [json.dumps({"text": text}) for text in texts]))
+
+
+def share(config: CorpusConfig, fraction: float | None) -> CorpusConfig:
+    return config.model_copy(update={"heldout_fraction": fraction})
+
+
+def texts_of(config: CorpusConfig, tokenizer: KosmosTokenizer) -> dict[str, set[str]]:
+    corpus = Corpus(config, tokenizer)
+    return {
+        side: {tokenizer.decode(corpus.tokens(number)) for number in documents_of(corpus, config, side).tolist()}
+        for side in ("train", "heldout")
+    }
+
+
+def test_every_text_is_on_one_side_wherever_it_comes(prepare_texts: PrepareLines, tokenizer: KosmosTokenizer) -> None:
+    texts = [f"text number {number}" + " and so on" * (number % 40) for number in range(600)]
+    config = share(prepare_texts("one.jsonl", [*texts, *texts[:100]]), 0.1)  # some come twice
+    sides = texts_of(config, tokenizer)
+    assert sides["train"].isdisjoint(sides["heldout"])
+    assert sides["train"] | sides["heldout"] == set(texts)
+    assert 30 < len(sides["heldout"]) < 90
+    other = texts_of(share(prepare_texts("other.jsonl", ["new " * 90, *texts[::-3]]), 0.1), tokenizer)
+    assert other["heldout"] - {"new " * 90} == sides["heldout"] & set(texts[::-3])
+    # A smaller fraction is a part of a larger one.
+    assert texts_of(share(config, 0.02), tokenizer)["heldout"] < sides["heldout"]
+    corpus = Corpus(config, tokenizer)
+    assert np.array_equal(documents_of(corpus, share(config, None), "heldout"), np.arange(700))
+
+
+def test_documents_that_differ_late_are_still_split(prepare_texts: PrepareLines, tokenizer: KosmosTokenizer) -> None:
+    """Long documents with one beginning differ in length; those that don't are on the same side."""
+    config = share(prepare_texts("long.jsonl", ["the same " * (100 + number) for number in range(200)]), 0.5)
+    sides = texts_of(config, tokenizer)
+    assert min(len(sides["train"]), len(sides["heldout"])) > 60
+
+
+def test_training_and_evaluation_see_their_side(
+    prepare_texts: PrepareLines, tokenizer: KosmosTokenizer, tokenizer_folder: Path
+) -> None:
+    config = share(prepare_texts("one.jsonl", [f"text number {number}" for number in range(80)]), 0.25)
+    data = DataConfig(tokenizer=tokenizer_folder, sequence_length=64, train=(config,), heldout=(config,), num_workers=0)
+    refuse_overlap(data)
+    sides = texts_of(config, tokenizer)
+    geometry, images = BatchGeometry(1, 1), ImageFormat(4, 8)
+    heldout = [batch for step in heldout_batches(data, config, images, geometry, 1000) for batch in step]
+    num_targets = sum(batch.num_target_tokens for batch in heldout)
+    assert num_targets == sum(len(tokenizer.encode(text)) + 1 for text in sides["heldout"])
+    loader = StepLoader(data.model_copy(update={"packing": "best_fit"}), images, geometry, seed=1)
+    (corpus,) = loader.packing_report().corpora
+    trained = [batch for step in loader.steps(0, corpus.summary.num_rows) for batch in step]
+    assert sum(batch.num_target_tokens for batch in trained) == sum(
+        len(tokenizer.encode(text)) + 1 for text in sides["train"]
+    )
+
+
+def test_heldout_captions_are_of_their_side(captions: CorpusConfig, tokenizer_folder: Path) -> None:
+    config = share(captions, 0.5)
+    data = DataConfig(tokenizer=tokenizer_folder, sequence_length=64, train=(config,))
+    tokenizer = KosmosTokenizer.load(tokenizer_folder)
+    assert {caption for _, caption in heldout_captions(data, config, 100)} == texts_of(config, tokenizer)["heldout"]
+
+
+@pytest.fixture
+def captions(
+    prepare_corpus: Callable[..., CorpusConfig],
+    write_lines: Callable[[str, Sequence[str]], Path],
+    picture: Callable[..., bytes],
+    tmp_path: Path,
+) -> CorpusConfig:
+    (tmp_path / "a.png").write_bytes(picture())
+    lines = [json.dumps({"image": "a.png", "caption": f"picture {number}"}) for number in range(30)]
+    return prepare_corpus("caption", write_lines("captions.jsonl", lines))
+
+
+@pytest.mark.parametrize("train, heldout", [(None, None), (None, 0.1), (0.1, None), (0.1, 0.2)])
+def test_overlap_is_refused(
+    prepare_texts: PrepareLines, tokenizer_folder: Path, tmp_path: Path, train: float | None, heldout: float | None
+) -> None:
+    config = prepare_texts("one.jsonl", [f"text number {number}" for number in range(80)])
+    shutil.copytree(config.prefix.parent, tmp_path / "elsewhere")
+    copy = config.model_copy(update={"prefix": tmp_path / "elsewhere" / "one"})
+    data = DataConfig(
+        tokenizer=tokenizer_folder, sequence_length=64, train=(share(config, train),), heldout=(share(copy, heldout),)
+    )
+    with pytest.raises(DataError, match=r"documents of data\.heldout would be trained on: \S*elsewhere/one \(heldout_"):
+        refuse_overlap(data)
+    refuse_overlap(data.model_copy(update={"train": (share(config, 0.3),), "heldout": (share(copy, 0.3),)}))
+
+
+def test_a_side_without_documents(prepare_texts: PrepareLines, tokenizer: KosmosTokenizer) -> None:
+    config = share(prepare_texts("one.jsonl", ["a", "b"]), 1e-6)
+    with pytest.raises(DataError, match=r"heldout_fraction=1e-06 leaves none of its 2 documents for data\.heldout"):
+        documents_of(Corpus(config, tokenizer), config, "heldout")
