@@ -94,6 +94,8 @@ def test_a_run_leaves_what_design_promises(trained: Path) -> None:
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
     assert {"loss", "loss_text", "loss_caption", "loss_interleaved", "grad_norm", "lr", "tokens"} <= lines[0].keys()
     assert lines[-1]["tokens"] == 4 * 16 * 128
+    assert all(0.5 < line["packing_efficiency"] <= 1 and line["documents_cut"] > 0 for line in lines)
+    assert "packing concatenate: " in (trained / "logs" / "rank_00000.log").read_text()
     assert {"heldout_loss_text", "heldout_loss_caption", "heldout_caption_exact_match"} <= lines[-1].keys()
     assert lines[-1]["loss"] < lines[0]["loss"]
     assert sorted(path.name for path in (trained / "checkpoints").iterdir()) == ["step_00000002", "step_00000004"]
