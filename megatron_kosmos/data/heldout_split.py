@@ -22,7 +22,7 @@ Side = Literal["train", "heldout"]
 HASHED_TOKENS = 64
 """The hash is of a document's length and of so many tokens at its beginning. Equal documents have equal hashes, and the
 corpus need not be read as a whole."""
-CHUNK = 1 << 16
+CHUNK = 1 << 13
 """Documents that are hashed at a time."""
 
 
@@ -80,7 +80,7 @@ def _heldout_documents(prefix: Path, checksum: str, fraction: float) -> Int64Arr
 
 def _hashes(reader: IndexedReader, first: int, stop: int) -> Uint64Array:
     lengths = reader.lengths[first:stop]
-    tokens = reader.beginnings(first, stop, min(HASHED_TOKENS, int(lengths.max()))).astype(np.uint64)
+    tokens = reader.beginnings(first, stop, min(HASHED_TOKENS, int(lengths.max()))).astype(np.uint64, order="F")
     hashes = mix_all(lengths.astype(np.uint64))
     for column in range(tokens.shape[1]):
         hashes = np.where(lengths > column, mix_all(hashes ^ tokens[:, column]), hashes)

@@ -44,8 +44,11 @@ class Epochs:
 
     def count_rows(self, num_epochs: int) -> int:
         """Return the rows of the first `num_epochs` epochs."""
-        while len(self._first_rows) <= num_epochs:
-            self._first_rows.append(self._first_rows[-1] + self.summary(len(self._first_rows) - 1).num_rows)
+        missing = range(len(self._first_rows) - 1, num_epochs)
+        # The last one first: what is planned last is read next, and a later plan would remove it.
+        summaries = [self.summary(epoch) for epoch in reversed(missing)]
+        for summary in reversed(summaries):
+            self._first_rows.append(self._first_rows[-1] + summary.num_rows)
         return self._first_rows[num_epochs]
 
     def locate(self, number: int) -> tuple[int, int]:
