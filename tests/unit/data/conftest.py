@@ -1,6 +1,7 @@
 """A small trained tokenizer, pictures, and corpora in the real file formats."""
 
 import io
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -70,6 +71,26 @@ def write_lines(tmp_path: Path) -> Callable[[str, Sequence[str]], Path]:
         return path
 
     return write
+
+
+@pytest.fixture
+def prepare_blend(
+    prepare_corpus: PrepareCorpus,
+    write_lines: Callable[[str, Sequence[str]], Path],
+    picture: Callable[..., bytes],
+    tmp_path: Path,
+) -> Callable[..., tuple[CorpusConfig, ...]]:
+    """Prepares a corpus of each kind from its lines, which may name the pictures `0.png`, `1.png`, …"""
+
+    def make(lines: dict[SourceKind, list[dict[str, object]]], num_pictures: int) -> tuple[CorpusConfig, ...]:
+        for seed in range(num_pictures):
+            (tmp_path / f"{seed}.png").write_bytes(picture(seed))
+        return tuple(
+            prepare_corpus(kind, write_lines(f"{kind}.jsonl", [json.dumps(line) for line in of]))
+            for kind, of in lines.items()
+        )
+
+    return make
 
 
 @pytest.fixture

@@ -34,15 +34,10 @@ def text(
 @pytest.fixture
 def data(
     text: CorpusConfig,
-    prepare_corpus: Callable[..., CorpusConfig],
-    write_lines: Callable[[str, Sequence[str]], Path],
-    picture: Callable[..., bytes],
+    prepare_blend: Callable[..., tuple[CorpusConfig, ...]],
     tokenizer_folder: Path,
-    tmp_path: Path,
 ) -> DataConfig:
     """Text, captions and interleaved documents in rows of 64 tokens, under document masks."""
-    for seed in range(12):
-        (tmp_path / f"{seed}.png").write_bytes(picture(seed))
     lines: dict[SourceKind, list[dict[str, object]]] = {
         "caption": [{"image": f"{number}.png", "caption": f"picture {number}"} for number in range(12)],
         "interleaved": [
@@ -50,7 +45,7 @@ def data(
             for number in range(12)
         ],
     }
-    corpora = [prepare_corpus(kind, write_lines(f"{kind}.jsonl", [*map(json.dumps, of)])) for kind, of in lines.items()]
+    corpora = prepare_blend(lines, 12)
     return DataConfig(
         tokenizer=tokenizer_folder,
         sequence_length=64,

@@ -1,9 +1,8 @@
 """Batches are the same for any number of ranks and workers and any place to start; bad pictures are told or counted."""
 
 import hashlib
-import json
 import multiprocessing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 
@@ -26,16 +25,8 @@ NUM_CAPTIONS = 40
 
 
 @pytest.fixture
-def data(
-    prepare_corpus: Callable[..., CorpusConfig],
-    write_lines: Callable[[str, Sequence[str]], Path],
-    picture: Callable[..., bytes],
-    tokenizer_folder: Path,
-    tmp_path: Path,
-) -> DataConfig:
+def data(prepare_blend: Callable[..., tuple[CorpusConfig, ...]], tokenizer_folder: Path) -> DataConfig:
     """A blend of the three kinds."""
-    for seed in range(NUM_CAPTIONS):
-        (tmp_path / f"{seed}.png").write_bytes(picture(seed))
     lines: dict[SourceKind, list[dict[str, object]]] = {
         "text": [{"text": f"{number} bottles of beer on the wall " * (number % 5 + 1)} for number in range(30)],
         "caption": [{"image": f"{number}.png", "caption": f"picture {number}"} for number in range(NUM_CAPTIONS)],
@@ -46,10 +37,7 @@ def data(
     }
     weights: dict[SourceKind, float] = {"text": 2.0, "caption": 5.0, "interleaved": 1.0}
     corpora = tuple(
-        prepare_corpus(kind, write_lines(f"{kind}.jsonl", [json.dumps(line) for line in lines[kind]])).model_copy(
-            update={"weight": weight}
-        )
-        for kind, weight in weights.items()
+        corpus.model_copy(update={"weight": weights[corpus.kind]}) for corpus in prepare_blend(lines, NUM_CAPTIONS)
     )
     return DataConfig(
         tokenizer=tokenizer_folder, sequence_length=64, train=corpora, heldout=corpora[1:2], num_workers=0

@@ -1,8 +1,7 @@
 """The order of samples is exact: stopped anywhere and resumed with other ranks and workers, under every packing."""
 
 import hashlib
-import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -20,16 +19,8 @@ SIZE = 8
 
 
 @pytest.fixture
-def data(
-    prepare_corpus: Callable[..., CorpusConfig],
-    write_lines: Callable[[str, Sequence[str]], Path],
-    picture: Callable[..., bytes],
-    tokenizer_folder: Path,
-    tmp_path: Path,
-) -> DataConfig:
+def data(prepare_blend: Callable[..., tuple[CorpusConfig, ...]], tokenizer_folder: Path) -> DataConfig:
     """A blend of the three kinds: several epochs of captions in the steps of a test, texts longer than a row."""
-    for seed in range(9):
-        (tmp_path / f"{seed}.png").write_bytes(picture(seed))
     lines: dict[SourceKind, list[dict[str, object]]] = {
         "text": [{"text": f"{number} bottles of beer on the wall " * (number % 7 + 1)} for number in range(40)],
         "caption": [{"image": f"{number}.png", "caption": f"picture {number}"} for number in range(9)],
@@ -38,10 +29,7 @@ def data(
             for number in range(12)
         ],
     }
-    corpora = tuple(
-        prepare_corpus(kind, write_lines(f"{kind}.jsonl", [json.dumps(line) for line in lines[kind]])) for kind in lines
-    )
-    return DataConfig(tokenizer=tokenizer_folder, sequence_length=64, train=corpora, num_workers=0)
+    return DataConfig(tokenizer=tokenizer_folder, sequence_length=64, train=prepare_blend(lines, 9), num_workers=0)
 
 
 def rows_of(batch: MultimodalBatch) -> list[str]:
