@@ -18,7 +18,10 @@ def register(app: typer.Typer) -> None:
 
 def evaluate(
     model: Annotated[Path, typer.Option(help="Folder that `kosmos convert to-hf` wrote.")],
-    config: Annotated[Path, typer.Option(help="YAML with data.heldout, such as the run's config.yaml.")],
+    config: Annotated[
+        list[Path],
+        typer.Option(help="YAML with data.heldout, such as the run's config.yaml. A later one changes an earlier one."),
+    ],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="a.b=c ...", help="Settings to change.")] = None,
     output: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
     max_pictures: Annotated[int, typer.Option(min=1, help="Pictures to caption, at most.")] = 1000,

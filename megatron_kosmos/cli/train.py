@@ -17,7 +17,10 @@ def register(app: typer.Typer) -> None:
 
 
 def train(
-    config: Annotated[Path, typer.Option(help="YAML of the run; the presets are in configs/.")],
+    config: Annotated[
+        list[Path],
+        typer.Option(help="YAML of the run; the presets are in configs/. A later --config changes an earlier one."),
+    ],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="a.b=c ...", help="Settings to change.")] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Build everything without memory, print the plan and exit.")

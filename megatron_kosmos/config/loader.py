@@ -1,4 +1,4 @@
-"""Reading a run's YAML with dotted overrides, and writing the resolved configuration back."""
+"""Reading a run's YAML files with dotted overrides, and writing the resolved configuration back."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError
 
@@ -14,19 +14,17 @@ from megatron_kosmos.config.errors import ConfigError
 from megatron_kosmos.config.run import RunConfig
 
 
-def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """Read `path`, apply `a.b=c` overrides in order (`a.0.b=c` inside a list) and return the checked configuration.
+def load_config(paths: Path | Sequence[Path], overrides: Sequence[str] = ()) -> RunConfig:
+    """Read `paths`, apply `a.b=c` overrides in order (`a.0.b=c` inside a list) and return the checked configuration.
 
-    Raises ConfigError for a missing file, broken YAML, an unknown field, a wrong type or an illegal combination.
+    Of several files each changes what the ones before it say: key by key, lists as wholes. Raises ConfigError for a
+    missing file, broken YAML, an unknown field, a wrong type or an illegal combination.
     """
+    paths = [paths] if isinstance(paths, Path) else paths
+    origin = " and ".join(map(str, paths)) + (f" with {' '.join(overrides)}" if overrides else "")
+    trees = [_read(path) for path in paths]
     try:
-        tree = OmegaConf.load(path)
-    except OSError as error:
-        raise ConfigError(f"no configuration at {path} ({error.strerror}); the presets are in configs/") from error
-    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not valid YAML: {error}") from error
-    origin = f"{path} with {' '.join(overrides)}" if overrides else str(path)
-    try:
+        tree = OmegaConf.merge(*trees)
         for override in overrides:
             field, equals, value = override.partition("=")
             if not equals:
@@ -38,6 +36,15 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
             raise
         raise ConfigError(f"{origin}: {error}") from error
     return parse_config(values, origin)
+
+
+def _read(path: Path) -> DictConfig | ListConfig:
+    try:
+        return OmegaConf.load(path)
+    except OSError as error:
+        raise ConfigError(f"no configuration at {path} ({error.strerror}); the presets are in configs/") from error
+    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}") from error
 
 
 def _parse(value: str) -> object:

@@ -9,4 +9,4 @@ from megatron_kosmos.cli.train import train
 
 def test_world_size_without_dry_run_is_refused() -> None:
     with pytest.raises(SystemExit, match="--world-size plans for processes that are not there"):
-        train(Path("configs/kosmos_tiny.yaml"), world_size=3)
+        train([Path("configs/kosmos_tiny.yaml")], world_size=3)
