@@ -170,6 +170,9 @@ def _report(preparation: "Preparation", manifest: "Manifest", console: "Console"
     ):
         for reason, count in counts.items():
             table.add_row(f"{what}: {reason}", f"{count:,}")
+    for packing, summary in manifest.packing.items():
+        figures = f"{summary.efficiency:.2%} filled, {summary.documents_cut:,} documents cut"
+        table.add_row(f"sequences packed by {packing}", f"{summary.rows:,}, {figures}")
     table.add_row("bytes written", f"{sum(record.bytes for record in manifest.files.values()):,}")
     console.print(table)
     if manifest.skipped:

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from megatron_kosmos.data.encoding import EncodedImage
 from megatron_kosmos.data.errors import DataError
 from megatron_kosmos.data.manifest import check_size, path_with
+from megatron_kosmos.data.planning import ImagePlaces
 from megatron_kosmos.data.staging import StagedFile
 
 INDEX_SUFFIX = ".images.idx"
@@ -47,6 +48,11 @@ class ImageShardWriter:
     def num_images(self) -> int:
         """Pictures so far."""
         return len(self._sizes)
+
+    @property
+    def places(self) -> ImagePlaces:
+        """Where the pictures so far are in their documents."""
+        return ImagePlaces(np.array(self._first_images), np.array(self._positions))
 
     def append(self, images: Sequence[EncodedImage]) -> None:
         """Write the pictures of the next document, which may have none."""

@@ -46,6 +46,11 @@ class IndexedWriter:
         """Tokens so far."""
         return self._bin.num_bytes // self._dtype.itemsize
 
+    @property
+    def lengths(self) -> NDArray[np.int32]:
+        """Tokens of each document so far."""
+        return np.array(self._lengths, dtype=np.int32)
+
     def append(self, tokens: NDArray[Any]) -> None:
         """Write one document of the writer's type. Raises ValueError for another one."""
         if tokens.dtype != self._dtype:
@@ -55,7 +60,7 @@ class IndexedWriter:
 
     def finish(self) -> None:
         """Write the index."""
-        lengths = np.frombuffer(self._lengths, dtype=np.int32)
+        lengths = self.lengths
         code = next(code for code, dtype in TYPE_CODES.items() if dtype == self._dtype)
         self._idx.write(HEADER.pack(MAGIC, VERSION, code, len(lengths), len(lengths) + 1))
         for part in _index_arrays(lengths, self._dtype.itemsize):

@@ -4,12 +4,14 @@ import json
 from pathlib import Path
 from typing import Literal
 
-from pydantic import NonNegativeInt, PositiveInt, ValidationError
+from pydantic import Field, NonNegativeInt, PositiveInt, ValidationError
 
 from megatron_kosmos.config.base import StrictModel
+from megatron_kosmos.config.data import Packing
 from megatron_kosmos.data.errors import DataError
 from megatron_kosmos.data.filters import Filters
 from megatron_kosmos.data.input_format import InputFormat
+from megatron_kosmos.data.packing_summary import PackingSummary
 from megatron_kosmos.data.row_format import RowFormat
 from megatron_kosmos.prompt import SourceKind
 
@@ -50,6 +52,8 @@ class Manifest(StrictModel):
     """Documents that a filter dropped, by filter; `not_downloaded`: listed by img2dataset as failed."""
     dropped_images: dict[str, NonNegativeInt]
     """Pictures that a filter dropped from documents, by filter."""
+    packing: dict[Packing, PackingSummary] = Field(default_factory=dict)
+    """What each way of packing makes of an epoch, in rows of `settings.row_format`; none in older manifests."""
     vocab_size: PositiveInt
     tokenizer_fingerprint: str
     sources: tuple[str, ...]

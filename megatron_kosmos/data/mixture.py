@@ -12,8 +12,9 @@ from functools import lru_cache, partial
 from megatron_kosmos.config.data import Packing
 from megatron_kosmos.data.blend import EndingBlend, Share
 from megatron_kosmos.data.hashing import shuffled
-from megatron_kosmos.data.packing import EpochPlan, PackedRow, Packer
+from megatron_kosmos.data.packing import PackedRow, Packer
 from megatron_kosmos.data.plan_store import PlanStore, PlanSummary, plan_key
+from megatron_kosmos.data.planning import EpochPlan
 
 
 class Epochs:

@@ -19,7 +19,7 @@ from pydantic import NonNegativeInt, PositiveInt, ValidationError
 
 from megatron_kosmos.config.base import StrictModel
 from megatron_kosmos.data.cutting import Int64Array
-from megatron_kosmos.data.packing import EpochPlan
+from megatron_kosmos.data.planning import EpochPlan
 
 logger = logging.getLogger(__name__)
 

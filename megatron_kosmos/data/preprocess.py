@@ -26,6 +26,7 @@ from megatron_kosmos.data.manifest import (
     read_manifest,
     write_manifest,
 )
+from megatron_kosmos.data.packing_summary import summarize_packing
 from megatron_kosmos.data.pool import encode_files
 from megatron_kosmos.data.row_format import RowFormat
 from megatron_kosmos.data.staging import Staging
@@ -139,6 +140,7 @@ class CorpusWriter:
 
     def _manifest(self) -> Manifest:
         preparation = self._preparation
+        places = None if self._images is None else self._images.places
         return Manifest(
             kind=preparation.kind,
             documents=self._documents.num_documents,
@@ -148,6 +150,7 @@ class CorpusWriter:
             skipped=dict(sorted(Counter(problem.reason for problem in self._bad).items())),
             filtered=dict(sorted(self._filtered.items())),
             dropped_images=dict(sorted(self._dropped_images.items())),
+            packing=summarize_packing(preparation.kind, self._documents.lengths, places, preparation.row_format),
             vocab_size=self._tokenizer.vocab_size,
             tokenizer_fingerprint=self._tokenizer.fingerprint,
             sources=tuple(str(file) for file in preparation.inputs),

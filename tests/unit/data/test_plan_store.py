@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_kosmos.data.packing import EpochPlan, Packer
+from megatron_kosmos.data.packing import Packer
 from megatron_kosmos.data.plan_store import PlanStore, PlanSummary, plan_key
+from megatron_kosmos.data.planning import EpochPlan
 from megatron_kosmos.data.row_format import RowFormat
 from megatron_kosmos.data.tokenizer import KosmosTokenizer
 from tests.unit.data.made_corpora import Parts, make_corpus
