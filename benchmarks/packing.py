@@ -43,10 +43,13 @@ from megatron_kosmos.data.tokenizer import KosmosTokenizer
 from megatron_kosmos.data.tokenizer_making import TrainingSettings, train_tokenizer
 
 RESULTS = Path(__file__).parent / "results" / "packing.json"
+TABLE_WIDTH = 180
+"""Characters of the table where there is no terminal."""
 COLUMNS = {
     "corpus": "{}",
     "packing": "{}",
     "documents": "{:,}",
+    "rows": "{:,}",
     "efficiency": "{:.4f}",
     "documents_cut": "{:,}",
     "seconds_to_plan": "{:.1f}",
@@ -80,10 +83,12 @@ def main(
                 for prefix in corpus
                 for packing in get_args(Packing)
             ]
+    rows += [whole_of(packing, rows) for packing in get_args(Packing) if len(corpus) > 1]
     table = Table(*(name.replace("_", " ") for name in COLUMNS))
     for row in rows:
-        table.add_row(*(form.format(row[name]) for name, form in COLUMNS.items()))
-    Console().print(table)
+        table.add_row(*(form.format(row[name]) if name in row else "" for name, form in COLUMNS.items()))
+    console = Console()
+    (console if console.is_terminal else Console(width=TABLE_WIDTH)).print(table)
     machine = (
         f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}, numpy {np.__version__}"
     )
@@ -111,6 +116,7 @@ def measure(prefix: Path, tokenizer: Path, row_format: RowFormat, packing: Packi
         "corpus": prefix.name,
         "packing": packing,
         "documents": len(packer.documents),
+        "rows": summary.num_rows,
         "efficiency": summary.num_tokens / (summary.num_rows * row_format.sequence_length),
         "documents_cut": summary.documents_cut,
         "seconds_to_plan": seconds,
@@ -118,6 +124,20 @@ def measure(prefix: Path, tokenizer: Path, row_format: RowFormat, packing: Packi
         "seconds_to_first_row_of_next_process": seconds_to_first_row,
         "peak_bytes_per_document": peak * 1024 / len(packer.documents),
         "worker_kilobytes": worker,
+    }
+
+
+def whole_of(packing: Packing, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return what an epoch of every corpus comes to: a row is one of so many, whatever corpus it is of."""
+    mine = [row for row in rows if row["packing"] == packing]
+    num_rows = sum(row["rows"] for row in mine)
+    return {
+        "corpus": "all",
+        "packing": packing,
+        "documents": sum(row["documents"] for row in mine),
+        "rows": num_rows,
+        "efficiency": sum(row["efficiency"] * row["rows"] for row in mine) / num_rows,
+        "documents_cut": sum(row["documents_cut"] for row in mine),
     }
 
 

@@ -34,6 +34,10 @@ class FastBackend:
         text: str = self._tokenizer.decode(list(ids), skip_special_tokens=skip_special)
         return text
 
+    def piece(self, number: int) -> str:
+        """Return how the model writes the token `number`; a byte-level one writes `Ġ` for a space."""
+        return self._tokenizer.id_to_token(number) or f"[id {number}]"
+
 
 def load_fast(model: bytes, origin: str) -> Tokenizer:
     """Return the tokenizer of a tokenizer.json; special tokens in a text are text. Raises DataError."""

@@ -121,6 +121,11 @@ class StepLoader:
                 self.num_bad_images += len(microbatch.bad_images)
             yield [microbatch.unwrap() for microbatch in step]
 
+    @property
+    def mixture(self) -> Mixture:
+        """The samples by their global index."""
+        return self._mixture
+
     def packing_report(self) -> PackingReport:
         """Return how well the first epoch of each corpus is packed, and when corpora end. Plans what is not planned."""
         ends = {

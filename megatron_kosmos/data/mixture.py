@@ -90,6 +90,8 @@ class Mixture:
         plans: PlanStore | None = None,
     ) -> None:
         """`num_epochs` says after how many epochs each corpus ends, None never. Such corpora are planned at once."""
+        self.packers = packers
+        """The rows of each corpus, in the order of the numbers of corpora."""
         self._epochs = [Epochs(packer, seed, stream, packing, plans) for stream, packer in enumerate(packers)]
         self.blend = EndingBlend(
             [

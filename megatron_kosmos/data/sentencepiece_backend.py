@@ -60,6 +60,11 @@ class SentencePieceBackend:
         text.append(self._pieces.decode(run))
         return "".join(text)
 
+    def piece(self, number: int) -> str:
+        """Return how the model writes the token `number`, `▁` for a space, or the name of a special token."""
+        name: str | None = self._names.get(number)
+        return name if name is not None else str(self._pieces.id_to_piece(number - self._offset))
+
 
 def load_pieces(model: bytes, origin: str) -> sentencepiece.SentencePieceProcessor:
     """Return a processor of the serialized `model`. Raises DataError when it is not a sentencepiece model."""

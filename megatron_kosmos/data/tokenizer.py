@@ -95,6 +95,12 @@ class KosmosTokenizer:
                 raise DataError(f"id {number} is outside the vocabulary of {self.vocab_size}")
         return self._backend.decode(numbers, skip_special)
 
+    def piece(self, number: int) -> str:
+        """Return the token `number` as the model writes it, spaces marked. Raises DataError outside the vocabulary."""
+        if not 0 <= number < self.vocab_size:
+            raise DataError(f"id {number} is outside the vocabulary of {self.vocab_size}")
+        return self._backend.piece(number)
+
     def save(self, folder: Path) -> None:
         """Write the tokenizer to `folder`, which is made if need be."""
         folder.mkdir(parents=True, exist_ok=True)
