@@ -148,7 +148,10 @@ def write_texts(packages: Path, output: Path, left_out: LeftOut) -> Counter[str]
 
 
 def write_stamps(packages: Path, output: Path, left_out: LeftOut) -> Counter[str]:
-    """Write the stamps on white, for what is behind transparent places is arbitrary, and their English captions."""
+    """Write the stamps on white squares, and their English captions.
+
+    What is behind transparent places is arbitrary, and a stamp that is no square would lose its ends to the crop.
+    """
     counts, lines = Counter[str](), []
     folder = packages / STAMPS
     for description in sorted(folder.rglob("*.txt")):
@@ -162,7 +165,10 @@ def write_stamps(packages: Path, output: Path, left_out: LeftOut) -> Counter[str
         (output / name).parent.mkdir(parents=True, exist_ok=True)
         with Image.open(picture) as image:
             stamp = image.convert("RGBA")
-        Image.alpha_composite(Image.new("RGBA", stamp.size, "white"), stamp).convert("RGB").save(output / name)
+        side = max(stamp.size)
+        square = Image.new("RGBA", (side, side), "white")
+        square.alpha_composite(stamp, ((side - stamp.width) // 2, (side - stamp.height) // 2))
+        square.convert("RGB").save(output / name)
         lines.append(json.dumps({"image": str(name), "caption": caption}, ensure_ascii=False) + "\n")
         counts["stamps with captions"] += 1
     (output / "captions.jsonl").write_text("".join(lines), encoding="utf-8")

@@ -12,18 +12,19 @@ import typer
 import yaml
 from pyarrow import parquet
 
-from megatron_kosmos.cli import preprocess, tokenizer
-from megatron_kosmos.config import CorpusConfig
+from benchmarks import losses_by_source
+from megatron_kosmos.cli import inspect, preprocess, tokenizer, train
+from megatron_kosmos.config import CorpusConfig, load_config
 from megatron_kosmos.data.filters import Filters
 from megatron_kosmos.data.input_format import InputFormat
 from megatron_kosmos.data.preprocess import Preparation, prepare
-from tools import obelics_images
+from tools import fetch_debian_corpora, obelics_images
 
 ROOT = Path(__file__).parents[3]
 PAGE = (ROOT / "docs" / "data.md").read_text()
 COMMANDS = [
     line
-    for block in re.findall(r"^```\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
+    for block in re.findall(r"^```\w*\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
     for line in block.replace("\\\n", " ").splitlines()
     if line.startswith(".venv/")
 ]
@@ -35,13 +36,22 @@ def commands() -> dict[str, Any]:
     app, obelics = typer.Typer(), typer.Typer()
     preprocess.register(app)
     tokenizer.register(app)
+    inspect.register(app)
+    train.register(app)
+    app.command("fetch")(fetch_debian_corpora.main)
+    app.command("losses")(losses_by_source.main)
     obelics_images.register(obelics)
     kosmos, obelics_commands = typer.main.get_command(app), typer.main.get_command(obelics)
     assert isinstance(kosmos, typer.core.TyperGroup)
     assert isinstance(obelics_commands, typer.core.TyperGroup)
-    tokenizers = kosmos.commands["tokenizer"]
+    tokenizers, inspections = kosmos.commands["tokenizer"], kosmos.commands["inspect"]
     assert isinstance(tokenizers, typer.core.TyperGroup)
+    assert isinstance(inspections, typer.core.TyperGroup)
     return {
+        "tools/fetch_debian_corpora.py": kosmos.commands["fetch"],
+        "benchmarks/losses_by_source.py": kosmos.commands["losses"],
+        ".venv/bin/kosmos inspect data": inspections.commands["data"],
+        ".venv/bin/kosmos train": kosmos.commands["train"],
         "tools/preprocess_data.py": kosmos.commands["preprocess"],
         **{f"tools/obelics_images.py {name}": command for name, command in obelics_commands.commands.items()},
         **{f".venv/bin/kosmos tokenizer {name}": command for name, command in tokenizers.commands.items()},
@@ -54,8 +64,10 @@ def test_a_command_of_the_page_is_legal(commands: dict[str, Any], line: str) -> 
     (beginning,) = (beginning for beginning in commands if line.startswith(f"{beginning} "))
     context = commands[beginning].make_context(beginning, shlex.split(line.removeprefix(beginning)))
     if "preprocess" in beginning:
-        assert context.params["tokenizer"] == Path("data/tokenizer")
-        assert str(context.params["output"]).startswith("data/")
+        output, folder = context.params["output"], context.params["tokenizer"]
+        assert (output.parent, folder) in {(base, base / "tokenizer") for base in (Path("data"), Path("data/debian"))}
+    elif context.params.get("config"):
+        load_config([ROOT / file for file in context.params["config"]], context.params["overrides"] or [])
 
 
 def test_the_page_has_every_kind_of_command() -> None:
@@ -69,6 +81,16 @@ def test_the_yaml_of_the_page_is_legal() -> None:
     corpora = [CorpusConfig.model_validate(entry) for entry in yaml.safe_load(block)["data"]["train"]]
     assert {corpus.kind for corpus in corpora} == {"text", "caption", "interleaved"}
     assert all(any(f"--output {corpus.prefix} " in command for command in COMMANDS) for corpus in corpora)
+
+
+def test_the_page_prepares_what_the_debian_run_reads() -> None:
+    blend = load_config([ROOT / "configs" / "kosmos_tiny.yaml", ROOT / "configs" / "data" / "debian.yaml"])
+    row_format = f"--sequence-length {blend.data.sequence_length} --num-latents {blend.model.resampler.num_latents}"
+    for corpus in blend.data.train:
+        (command,) = [command for command in COMMANDS if f"--output {corpus.prefix} " in command]
+        assert row_format in " ".join(command.split())
+    vocabulary = f"--output {blend.data.tokenizer} --vocab-size {blend.model.decoder.vocab_size}"
+    assert any(vocabulary in command for command in COMMANDS)
 
 
 def test_obelics_from_addresses_to_a_corpus(

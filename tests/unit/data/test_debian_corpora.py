@@ -57,9 +57,9 @@ def write_dictionary(index: Path) -> None:
 
 
 def write_stamps(folder: Path) -> None:
-    """A stamp whose transparent half hides red, one with a palette, a drawing, and a caption of nothing."""
-    pixels = np.full((8, 8, 4), (255, 0, 0, 0), dtype=np.uint8)
-    pixels[:, 4:] = (0, 0, 255, 255)
+    """A wide stamp whose transparent half hides red, one with a palette, a drawing, and a caption of nothing."""
+    pixels = np.full((8, 16, 4), (255, 0, 0, 0), dtype=np.uint8)
+    pixels[:, 8:] = (0, 0, 255, 255)
     Image.fromarray(pixels).save(folder / "flag.png")
     Image.new("P", (8, 8)).save(folder / "old.png")
     (folder / "flag.txt").write_text("A “flag”.\nde.utf8=Eine Fahne.\n", encoding="utf-8")
@@ -108,7 +108,7 @@ def test_texts_are_in_natural_documents(output: Path) -> None:
     assert counts["bytes of text"] == sum(len(text.encode()) for text in written)
 
 
-def test_stamps_are_on_white_with_english_captions(output: Path) -> None:
+def test_stamps_are_on_white_squares_with_english_captions(output: Path) -> None:
     counts, left_out = recipe.make(output)
     pairs = [json.loads(line) for line in (output / "stamps" / "captions.jsonl").read_text("utf-8").splitlines()]
     assert pairs == [
@@ -116,7 +116,11 @@ def test_stamps_are_on_white_with_english_captions(output: Path) -> None:
         {"image": "signs/old.png", "caption": "The old."},
     ]
     with Image.open(output / "stamps" / "signs" / "flag.png") as flag:
-        assert (flag.mode, flag.getpixel((0, 0)), flag.getpixel((7, 0))) == ("RGB", (255, 255, 255), (0, 0, 255))
+        assert (flag.mode, flag.size) == ("RGB", (16, 16))
+        pixels = np.array(flag)
+    assert (pixels[4:12, 8:] == (0, 0, 255)).all()
+    assert (pixels[:, :8] == 255).all()
+    assert (pixels[[0, 3, 12, 15]] == 255).all()
     assert counts["stamps with captions"] == 2
     assert left_out["stamps that are drawings (SVG)"] == left_out["captions without a stamp"] == 1
 
