@@ -4,8 +4,8 @@ import gzip
 import json
 import os
 import shutil
-import subprocess
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -168,38 +168,34 @@ def test_a_second_run_keeps_what_is_whole_and_makes_the_rest(output: Path) -> No
 
 
 @pytest.fixture
-def apt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder that is searched for apt-get first; `dpkg` is the real one."""
+def programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], None]:
+    """Puts a shell script in the place of a program of Debian's, which other systems lack."""
     folder = tmp_path / "bin"
     folder.mkdir()
     monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
-    return folder
+
+    def write(name: str, script: str) -> None:
+        (folder / name).write_text(f"#!/bin/sh\n{script}\n")
+        (folder / name).chmod(0o755)
+
+    return write
 
 
-def test_a_package_is_unpacked_and_its_archive_removed(apt: Path, tmp_path: Path) -> None:
-    source = tmp_path / "source"
-    (source / "DEBIAN").mkdir(parents=True)
-    (source / "DEBIAN" / "control").write_text(
-        "Package: anarchism\nVersion: 1\nArchitecture: all\nMaintainer: x <x@example.org>\nDescription: x\n"
-    )
-    (source / "usr").mkdir()
-    (source / "usr" / "file").write_text("content")
-    archive = tmp_path / "anarchism_1_all.deb"
-    subprocess.run(["dpkg-deb", "--build", source, archive], check=True, capture_output=True)
-    (apt / "apt-get").write_text(f'#!/bin/sh\n[ "$*" = "download anarchism" ] && cp {archive} .\n')
-    (apt / "apt-get").chmod(0o755)
+def test_a_package_is_unpacked_and_its_archive_removed(programs: Callable[[str, str], None], tmp_path: Path) -> None:
+    (tmp_path / "usr").mkdir()
+    (tmp_path / "usr" / "file").write_text("content")
+    programs("apt-get", f'[ "$*" = "download anarchism" ] && tar -cf anarchism_1_all.deb -C {tmp_path} usr')
+    programs("dpkg", '[ "$*" = "-x anarchism_1_all.deb ." ] && tar -xf anarchism_1_all.deb')
     (tmp_path / "anarchism.unfinished").mkdir()  # of a run that was stopped
     (tmp_path / "anarchism.unfinished" / "anarchism_0_all.deb").touch()
     recipe.fetch("anarchism", tmp_path / "anarchism")
-    assert [str(path.relative_to(tmp_path / "anarchism")) for path in (tmp_path / "anarchism").rglob("*")] == [
-        "usr",
-        "usr/file",
-    ]
+    unpacked = {str(path.relative_to(tmp_path / "anarchism")) for path in (tmp_path / "anarchism").rglob("*")}
+    assert unpacked == {"usr", "usr/file"}
 
 
-def test_a_package_that_cannot_be_had_says_what_to_do(apt: Path, tmp_path: Path) -> None:
-    (apt / "apt-get").write_text("#!/bin/sh\necho 'E: Unable to locate package dict-gcide' >&2; exit 100\n")
-    (apt / "apt-get").chmod(0o755)
+def test_a_package_that_cannot_be_had_says_what_to_do(programs: Callable[[str, str], None], tmp_path: Path) -> None:
+    programs("apt-get", "echo 'E: Unable to locate package dict-gcide' >&2; exit 100")
+    programs("dpkg", "exit 1")
     app = typer.Typer()
     app.command()(recipe.main)
     result = CliRunner().invoke(app, ["--output", str(tmp_path / "output")])
