@@ -31,9 +31,9 @@ from megatron_kosmos.data.manifest import (
     FileRecord,
     Manifest,
     PreparationSettings,
+    as_file,
     path_with,
     read_manifest,
-    write_manifest,
 )
 from megatron_kosmos.data.mixture import Epochs
 from megatron_kosmos.data.packing import Packer
@@ -191,10 +191,10 @@ def write_lognormal(prefix: Path, num_documents: int, tokenizer: KosmosTokenizer
         vocab_size=tokenizer.vocab_size,
         tokenizer_fingerprint=tokenizer.fingerprint,
         sources=(),
-        settings=PreparationSettings(on_bad="error", filters=Filters(), row_format=RowFormat(), max_shard_bytes=1),
+        settings=PreparationSettings(filters=Filters(), row_format=RowFormat(), max_shard_bytes=1),
         files=files,
     )
-    path_with(prefix, ".manifest.json").write_bytes(write_manifest(manifest))
+    path_with(prefix, ".manifest.json").write_bytes(as_file(manifest))
 
 
 if __name__ == "__main__":

@@ -1,10 +1,6 @@
-"""`python tools/preprocess_data.py text|captions|interleaved …`: the same as `kosmos preprocess`."""
+"""`python tools/preprocess_data.py text|captions|interleaved|merge …`: the same as `kosmos preprocess`."""
 
-import typer
-
-from megatron_kosmos.cli.preprocess import register
+from megatron_kosmos.cli.preprocess import commands
 
 if __name__ == "__main__":
-    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    register(app)
-    app()
+    commands()()

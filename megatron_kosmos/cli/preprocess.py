@@ -1,8 +1,13 @@
-"""`kosmos preprocess`: source documents to a prepared corpus, with a progress bar and a report."""
+"""`kosmos preprocess`: source documents to a prepared corpus, with a progress bar and a report.
+
+The kinds of documents share one function and its options; the name of the command says which of them it is.
+"""
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -17,13 +22,33 @@ if TYPE_CHECKING:
 KINDS: dict[str, SourceKind] = {"text": "text", "captions": "caption", "interleaved": "interleaved"}
 
 
+Output = Annotated[Path, typer.Option(help="PREFIX of the files to write.")]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Replace a corpus, or parts of one, that are there already.")
+]
+
+
+def commands() -> typer.Typer:
+    """Return the application of `kosmos preprocess`."""
+    app = typer.Typer(
+        help="Turn documents into an indexed binary of tokens, picture shards and a manifest.",
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+    )
+    for kind in KINDS:
+        app.command(kind, help=f"Prepare documents of the kind {kind}.")(preprocess)
+    app.command("merge")(merge)
+    return app
+
+
 def register(app: typer.Typer) -> None:
-    """Add the command to `app`."""
-    app.command("preprocess")(preprocess)
+    """Add the commands to `app`."""
+    app.add_typer(commands(), name="preprocess")
 
 
 def preprocess(  # noqa: PLR0913 - a command's parameters are its options
-    kind: Annotated[Literal["text", "captions", "interleaved"], typer.Argument(help="What the inputs hold.")],
+    context: typer.Context,
     *,
     inputs: Annotated[
         list[Path],
@@ -35,16 +60,24 @@ def preprocess(  # noqa: PLR0913 - a command's parameters are its options
             ".parquet also with .gz or .zst behind.",
         ),
     ],
-    output: Annotated[Path, typer.Option(help="PREFIX of the files to write.")],
+    output: Output,
     tokenizer: Annotated[Path, typer.Option(help="Folder that `kosmos tokenizer` made.")],
     more_inputs: Annotated[
         list[Path] | None, typer.Argument(help="More inputs, so that `--input *.jsonl` works.")
     ] = None,
     workers: Annotated[int, typer.Option(min=1, help="Processes that tokenize and check pictures.")] = 1,
-    on_bad: Annotated[
-        Literal["error", "skip"],
-        typer.Option(help="Stop at a bad document or damaged file, or list it in PREFIX.skipped.jsonl."),
-    ] = "error",
+    strict: Annotated[
+        bool,
+        typer.Option(
+            "--strict", help="Stop at the first bad document, instead of listing it in PREFIX.quarantine.jsonl."
+        ),
+    ] = False,
+    shard_index: Annotated[
+        int, typer.Option(min=0, help="Which share of the work to do, from 0; then `merge` makes the corpus.")
+    ] = 0,
+    num_shards: Annotated[
+        int | None, typer.Option(min=1, help="Shares of the work, such as the tasks of a SLURM array.")
+    ] = None,
     text_field: Annotated[str, typer.Option(help="text: field or column of the text.")] = "text",
     image_field: Annotated[
         str,
@@ -77,52 +110,86 @@ def preprocess(  # noqa: PLR0913 - a command's parameters are its options
             help="Filter: drop pictures that are missing, remote or damaged, and keep their documents.",
         ),
     ] = False,
+    drop_duplicate_documents: Annotated[
+        bool, typer.Option("--drop-duplicate-documents", help="Filter: keep the first of equal documents.")
+    ] = False,
+    drop_duplicate_images: Annotated[
+        bool, typer.Option("--drop-duplicate-images", help="Filter: keep the first of equal pictures.")
+    ] = False,
     max_shard_megabytes: Annotated[int, typer.Option(min=1, help="Size at which a picture shard is full.")] = 1024,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a corpus that is there already.")] = False,
+    part_megabytes: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Input between two places where a killed command goes on and work may be divided.",
+            show_default="text 64; .tar, .parquet 256; lists of pictures 4",
+        ),
+    ] = None,
+    overwrite: Overwrite = False,
 ) -> None:
-    """Turn documents into an indexed binary of tokens, picture shards and a manifest."""
     from megatron_kosmos.data.filters import Filters
     from megatron_kosmos.data.input_format import InputFormat
     from megatron_kosmos.data.preprocess import Preparation
     from megatron_kosmos.data.row_format import RowFormat
 
-    run(
-        Preparation(
-            kind=KINDS[kind],
-            inputs=(*inputs, *(more_inputs or ())),
-            output=output,
-            tokenizer=tokenizer,
-            num_workers=workers,
-            on_bad=on_bad,
-            filters=Filters(
-                max_images=max_images,
-                halve_single_image=halve_single_image,
-                min_image_side=min_image_side,
-                drop_single_colour=drop_single_colour,
-                drop_unusable_images=drop_unusable_images,
-            ),
-            row_format=RowFormat(sequence_length=sequence_length, num_latents=num_latents),
-            input_format=InputFormat(
-                text_field=text_field,
-                image_field=image_field,
-                caption_field=caption_field,
-                image_folder=image_folder,
-            ),
-            max_shard_bytes=max_shard_megabytes << 20,
-            overwrite=overwrite,
-        )
+    preparation = Preparation(
+        kind=KINDS[context.info_name or ""],
+        inputs=(*inputs, *(more_inputs or ())),
+        output=output,
+        tokenizer=tokenizer,
+        num_workers=workers,
+        strict=strict,
+        filters=Filters(
+            max_images=max_images,
+            halve_single_image=halve_single_image,
+            min_image_side=min_image_side,
+            drop_single_colour=drop_single_colour,
+            drop_unusable_images=drop_unusable_images,
+            drop_duplicate_documents=drop_duplicate_documents,
+            drop_duplicate_images=drop_duplicate_images,
+        ),
+        row_format=RowFormat(sequence_length=sequence_length, num_latents=num_latents),
+        input_format=InputFormat(
+            text_field=text_field,
+            image_field=image_field,
+            caption_field=caption_field,
+            image_folder=image_folder,
+        ),
+        max_shard_bytes=max_shard_megabytes << 20,
+        part_bytes=None if part_megabytes is None else part_megabytes << 20,
+        overwrite=overwrite,
     )
+    if shard_index >= (num_shards or 1):
+        raise typer.BadParameter(f"--shard-index {shard_index} is not below --num-shards {num_shards or 1}")
+    with _told_in_short():
+        _run(preparation, shard_index, num_shards)
 
 
-def run(preparation: "Preparation") -> None:
-    """Prepare the corpus under a progress bar and print the report; a bad input ends the process with its message."""
-    from rich.console import Console
+def merge(output: Output, overwrite: Overwrite = False) -> None:
+    """Make the corpus of the parts that all shards wrote."""
+    from megatron_kosmos.data.preprocess import merge
+
+    with _told_in_short():
+        _report(output, merge(output, overwrite))
+
+
+@contextmanager
+def _told_in_short() -> Iterator[None]:
+    """End the process with the message of an error that the user can mend."""
+    from megatron_kosmos.data.errors import DataError
+
+    try:
+        yield
+    except DataError as error:
+        sys.exit(f"kosmos preprocess: {error}")
+
+
+def _run(preparation: "Preparation", shard_index: int, num_shards: int | None) -> None:
+    """Prepare a corpus, or a share of one, under a progress bar and say what came of it. Raises DataError."""
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from megatron_kosmos.data.errors import DataError
-    from megatron_kosmos.data.preprocess import prepare
+    from megatron_kosmos.data.preprocess import prepare, prepare_shard
 
-    console = Console(stderr=True)
     columns = (
         TextColumn("{task.description}", markup=False),
         BarColumn(),
@@ -130,32 +197,45 @@ def run(preparation: "Preparation") -> None:
         TextColumn("{task.fields[documents]:,} documents"),
         TimeRemainingColumn(),
     )
-    total = sum(file.stat().st_size for file in preparation.inputs if file.is_file())
-    try:
-        with Progress(*columns, console=console) as progress:
-            task = progress.add_task(preparation.output.name, total=total, documents=0)
-            documents = 0
+    console, output = _console(), preparation.output
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task(output.name, total=None, documents=0)
 
-            def show(num_bytes: int, num_documents: int) -> None:
-                nonlocal documents
-                documents += num_documents
-                progress.update(task, advance=num_bytes, documents=documents)
+        def show(done: int, total: int, documents: int) -> None:
+            progress.update(task, completed=done, total=total, documents=documents)
 
+        if num_shards is not None:
+            parts = prepare_shard(preparation, shard_index, num_shards, show)
+        else:
             manifest = prepare(preparation, show)
-            progress.update(task, completed=total)
-    except DataError as error:
-        sys.exit(f"kosmos preprocess: {error}")
-    _report(preparation, manifest, console)
+        was_finished = progress.tasks[task].total is None
+    if was_finished:
+        console.print(f"{output} was finished before; there was nothing to do", markup=False, soft_wrap=True)
+    elif num_shards is not None:
+        done = f"parts {parts.start} to {parts.stop - 1}" if parts else "there are fewer parts than shards: none"
+        console.print(
+            f"{done}; when all {num_shards} shards are done: kosmos preprocess merge --output {output}",
+            markup=False,
+            soft_wrap=True,
+        )
+    if num_shards is None:
+        _report(output, manifest)
 
 
-def _report(preparation: "Preparation", manifest: "Manifest", console: "Console") -> None:
+def _console() -> "Console":
+    from rich.console import Console
+
+    return Console(stderr=True)
+
+
+def _report(output: Path, manifest: "Manifest") -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from megatron_kosmos.data.manifest import path_with
-    from megatron_kosmos.data.preprocess import SKIPPED_SUFFIX
+    from megatron_kosmos.data.manifest import QUARANTINE_SUFFIX, path_with
 
-    table = Table(title=Text(str(preparation.output)), title_justify="left")
+    console = _console()
+    table = Table(title=Text(str(output)), title_justify="left")
     table.add_column("what")
     table.add_column("count", justify="right")
     table.add_row("documents", f"{manifest.documents:,}")
@@ -176,5 +256,5 @@ def _report(preparation: "Preparation", manifest: "Manifest", console: "Console"
     table.add_row("bytes written", f"{sum(record.bytes for record in manifest.files.values()):,}")
     console.print(table)
     if manifest.skipped:
-        listed = path_with(preparation.output, SKIPPED_SUFFIX)
+        listed = path_with(output, QUARANTINE_SUFFIX)
         console.print(f"skipped documents are listed in {listed}", markup=False, soft_wrap=True)

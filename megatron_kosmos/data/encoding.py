@@ -22,6 +22,7 @@ from megatron_kosmos.data.indexed import token_dtype
 from megatron_kosmos.data.input_format import USUAL, InputFormat
 from megatron_kosmos.data.readers.records import RawRecord
 from megatron_kosmos.data.row_format import RowFormat
+from megatron_kosmos.data.tables import content_digest
 from megatron_kosmos.data.tokenizer import KosmosTokenizer
 from megatron_kosmos.prompt import SourceKind
 
@@ -34,6 +35,11 @@ class EncodedImage:
     extension: str
     position: int
     """Index of its `<image>` among the document's tokens."""
+    digest: bytes = field(init=False)
+    """Hash of its bytes, for finding duplicates."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "digest", content_digest(self.data))
 
 
 @dataclass(frozen=True)
@@ -43,6 +49,12 @@ class EncodedDocument:
     tokens: NDArray[Any]
     """Of the type that `indexed.token_dtype` gives the vocabulary."""
     images: list[EncodedImage]
+    digest: bytes = field(init=False)
+    """Hash of its tokens and pictures, for finding duplicates."""
+
+    def __post_init__(self) -> None:
+        content = (self.tokens.tobytes(), *(image.digest for image in self.images))
+        object.__setattr__(self, "digest", content_digest(*content))
 
 
 @dataclass
@@ -85,6 +97,7 @@ class Encoder:
             try:
                 encoded = self.encode(parse_record(self.kind, record, self.input_format), chunk)
             except BadDocument as problem:
+                problem.excerpt = record.excerpt
                 chunk.bad.append(problem)
             except LeftOut as left_out:
                 chunk.filtered[left_out.reason] += 1

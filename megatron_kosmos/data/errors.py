@@ -15,6 +15,8 @@ class BadDocument(DataError):
         self.reason = reason
         """A short name in snake case, such as `missing_image`."""
         self.detail = detail
+        self.excerpt: str | None = None
+        """How the record begins, where it is text."""
 
     def __str__(self) -> str:
         return f"{self.origin}: {self.detail} [{self.reason}]"

@@ -1,4 +1,4 @@
-"""What preparation may leave out of documents: the paper's filters, and pictures that downloads lack."""
+"""What preparation may leave out: the paper's filters, pictures that downloads lack, and what was there before."""
 
 from pydantic import PositiveInt
 
@@ -18,3 +18,7 @@ class Filters(StrictModel):
     """Drop pictures of one colour."""
     drop_unusable_images: bool = False
     """Drop pictures that are missing, remote or damaged instead of the documents that have them. Not in the paper."""
+    drop_duplicate_documents: bool = False
+    """Drop documents whose tokens and pictures are those of an earlier one."""
+    drop_duplicate_images: bool = False
+    """Drop pictures whose bytes are those of an earlier one, and documents that had no others."""

@@ -1,6 +1,7 @@
 """The pictures of a corpus: tar shards that webdataset reads too, and an index for random access.
 
-`PREFIX-images-00000.tar` … hold the pictures in order of appearance, as `<document>.<picture>.<extension>`.
+`PREFIX-images-00000.tar` … hold the pictures in order of appearance, as
+`<part>-<document of the part>.<picture>.<extension>`; dropped duplicates are in there, but not in the index.
 `PREFIX.images.idx`, little-endian, for D documents and N pictures: magic, u64 version, u64 D, u64 N; i64[D + 1] first
 picture of each document; i64[N] byte offset in the shard; i32[N] bytes; i32[N] shard; i32[N] index of its `<image>`
 among the document's tokens.
@@ -9,8 +10,7 @@ among the document's tokens.
 import mmap
 import struct
 import tarfile
-from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,9 @@ from numpy.typing import NDArray
 
 from megatron_kosmos.data.encoding import EncodedImage
 from megatron_kosmos.data.errors import DataError
+from megatron_kosmos.data.hashed_file import HashedFile
 from megatron_kosmos.data.manifest import check_size, path_with
-from megatron_kosmos.data.planning import ImagePlaces
-from megatron_kosmos.data.staging import StagedFile
+from megatron_kosmos.data.tables import Tables
 
 INDEX_SUFFIX = ".images.idx"
 MAGIC = b"KOSMIMG\x00"
@@ -34,63 +34,53 @@ def shard_suffix(number: int) -> str:
     return f"-images-{number:05d}.tar"
 
 
-class ImageShardWriter:
-    """Writes the pictures of documents one after the other; a shard that is full is followed by another."""
+class ImageTarWriter:
+    """Writes the pictures of a part's documents into tars `images-00000.tar` …; a full one is followed by another."""
 
-    def __init__(self, open_file: Callable[[str], StagedFile], max_shard_bytes: int) -> None:
-        self._open_file, self._max_shard_bytes = open_file, max_shard_bytes
-        self._num_shards = 0
+    def __init__(self, open_file: Callable[[str], HashedFile], part: str, max_shard_bytes: int) -> None:
+        self._open_file, self._part, self._max_shard_bytes = open_file, part, max_shard_bytes
+        self._names: list[str] = []
         self._writer: Any = None
-        self._first_images = array("q", [0])
-        self._offsets, self._sizes, self._shards, self._positions = array("q"), array("i"), array("i"), array("i")
 
-    @property
-    def num_images(self) -> int:
-        """Pictures so far."""
-        return len(self._sizes)
-
-    @property
-    def places(self) -> ImagePlaces:
-        """Where the pictures so far are in their documents."""
-        return ImagePlaces(np.array(self._first_images), np.array(self._positions))
-
-    def append(self, images: Sequence[EncodedImage]) -> None:
-        """Write the pictures of the next document, which may have none."""
-        document = len(self._first_images) - 1
+    def append(self, document: int, images: Sequence[EncodedImage]) -> Iterator[int]:
+        """Write the pictures of a document of the part; yield the number of the tar and the offset of each."""
         for number, image in enumerate(images):
             if self._writer is None or self._writer.tarstream.offset >= self._max_shard_bytes:
-                self._begin_shard()
-            self._writer.write({"__key__": f"{document:012d}.{number:04d}", image.extension: image.data})
-            size = len(image.data)
-            self._offsets.append(self._writer.tarstream.offset - -(-size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE)
-            self._sizes.append(size)
-            self._shards.append(self._num_shards - 1)
-            self._positions.append(image.position)
-        self._first_images.append(self.num_images)
+                self._begin_tar()
+            key = f"{self._part}-{document:09d}.{number:04d}"
+            self._writer.write({"__key__": key, image.extension: image.data})
+            yield len(self._names) - 1
+            yield self._writer.tarstream.offset - -(-len(image.data) // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
 
-    def _begin_shard(self) -> None:
+    def _begin_tar(self) -> None:
         from webdataset.writer import TarWriter  # here, since webdataset imports torch
 
         if self._writer is not None:
             self._writer.close()
-        file = self._open_file(shard_suffix(self._num_shards))
-        self._writer = TarWriter(file, user="", group="", encoder=False, mtime=0)
-        self._num_shards += 1
+        self._names.append(f"images-{len(self._names):05d}.tar")
+        self._writer = TarWriter(self._open_file(self._names[-1]), user="", group="", encoder=False, mtime=0)
 
-    def finish(self) -> None:
-        """Close the last shard and write the index."""
+    def finish(self) -> tuple[str, ...]:
+        """End the last tar; return the names of all."""
         if self._writer is not None:
             self._writer.close()
-        index = self._open_file(INDEX_SUFFIX)
-        index.write(HEADER.pack(MAGIC, VERSION, len(self._first_images) - 1, self.num_images))
-        for values, dtype in (
-            (self._first_images, "<i8"),
-            (self._offsets, "<i8"),
-            (self._sizes, "<i4"),
-            (self._shards, "<i4"),
-            (self._positions, "<i4"),
-        ):
-            index.write(np.array(values, dtype=dtype).tobytes())
+        return tuple(self._names)
+
+
+def write_image_index(
+    file: HashedFile, num_documents: int, num_images: int, tables: Callable[[], Iterable[Tables]]
+) -> None:
+    """Write the index of the pictures that `tables` gives, piece by piece, with `tar` for the number of the shard."""
+    file.write(HEADER.pack(MAGIC, VERSION, num_documents, num_images))
+    first = np.zeros(1, dtype="<i8")
+    file.write(first.tobytes())
+    for part in tables():
+        ends = first + np.cumsum(part.documents["images"], dtype="<i8")
+        file.write(ends.tobytes())
+        first = ends[-1:] if len(ends) else first
+    for column in ("offset", "size", "tar", "position"):
+        for part in tables():
+            file.write(part.images[column].tobytes())
 
 
 class ImageStore:

@@ -5,7 +5,7 @@ because its builder takes one torch tensor a document, and read here because its
 """
 
 import struct
-from array import array
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +13,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_kosmos.data.errors import DataError
+from megatron_kosmos.data.hashed_file import HashedFile
 from megatron_kosmos.data.manifest import check_size, path_with
-from megatron_kosmos.data.staging import StagedFile
 
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")
 """Magic, version, code of the tokens' type, number of sequences, number of documents + 1."""
 VERSION = 1
 INT32, UINT16 = np.dtype("<i4"), np.dtype("<u2")
+BLOCK = 1 << 20
+"""Boundaries of documents that are written at once."""
 TYPE_CODES: dict[int, np.dtype[Any]] = {4: INT32, 8: UINT16}
 
 
@@ -29,42 +31,23 @@ def token_dtype(vocab_size: int) -> np.dtype[Any]:
     return UINT16 if vocab_size < 65_500 else INT32
 
 
-class IndexedWriter:
-    """Writes documents one after the other."""
+Lengths = Callable[[], Iterable[NDArray[Any]]]
+"""Gives, piece by piece, how many tokens the documents have."""
 
-    def __init__(self, bin_file: StagedFile, idx_file: StagedFile, dtype: np.dtype[Any]) -> None:
-        self._bin, self._idx, self._dtype = bin_file, idx_file, dtype
-        self._lengths = array("i")
 
-    @property
-    def num_documents(self) -> int:
-        """Documents so far."""
-        return len(self._lengths)
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens so far."""
-        return self._bin.num_bytes // self._dtype.itemsize
-
-    @property
-    def lengths(self) -> NDArray[np.int32]:
-        """Tokens of each document so far."""
-        return np.array(self._lengths, dtype=np.int32)
-
-    def append(self, tokens: NDArray[Any]) -> None:
-        """Write one document of the writer's type. Raises ValueError for another one."""
-        if tokens.dtype != self._dtype:
-            raise ValueError(f"tokens are {tokens.dtype}, the file holds {self._dtype}")
-        self._bin.write(tokens.tobytes())
-        self._lengths.append(len(tokens))
-
-    def finish(self) -> None:
-        """Write the index."""
-        lengths = self.lengths
-        code = next(code for code, dtype in TYPE_CODES.items() if dtype == self._dtype)
-        self._idx.write(HEADER.pack(MAGIC, VERSION, code, len(lengths), len(lengths) + 1))
-        for part in _index_arrays(lengths, self._dtype.itemsize):
-            self._idx.write(part.tobytes())
+def write_index(file: HashedFile, dtype: np.dtype[Any], num_documents: int, lengths: Lengths) -> None:
+    """Write the `.idx` of documents of tokens of type `dtype`."""
+    code = next(code for code, known in TYPE_CODES.items() if known == dtype)
+    file.write(HEADER.pack(MAGIC, VERSION, code, num_documents, num_documents + 1))
+    for piece in lengths():
+        file.write(piece.astype("<i4").tobytes())
+    num_tokens = 0
+    for piece in lengths():
+        ends = num_tokens + np.cumsum(piece, dtype="<i8")
+        file.write(((ends - piece) * dtype.itemsize).astype("<i8").tobytes())
+        num_tokens = int(ends[-1]) if len(ends) else num_tokens
+    for first in range(0, num_documents + 1, BLOCK):
+        file.write(np.arange(first, min(first + BLOCK, num_documents + 1), dtype="<i8").tobytes())
 
 
 class IndexedReader:

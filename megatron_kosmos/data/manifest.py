@@ -2,9 +2,9 @@
 
 import json
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveInt, ValidationError
+from pydantic import Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
 
 from megatron_kosmos.config.base import StrictModel
 from megatron_kosmos.config.data import Packing
@@ -16,6 +16,9 @@ from megatron_kosmos.data.row_format import RowFormat
 from megatron_kosmos.prompt import SourceKind
 
 SUFFIX = ".manifest.json"
+QUARANTINE_SUFFIX = ".quarantine.jsonl"
+MAX_TOLD = 5
+"""Differences between jobs that a message lists."""
 
 
 class FileRecord(StrictModel):
@@ -28,37 +31,60 @@ class FileRecord(StrictModel):
 class PreparationSettings(StrictModel):
     """The choices that made the corpus."""
 
-    on_bad: Literal["error", "skip"]
     filters: Filters
     row_format: RowFormat
     max_shard_bytes: PositiveInt
     input_format: InputFormat = InputFormat()
     """Corpora that were prepared before it existed have the usual one."""
+    part_bytes: PositiveInt | None = None
+    """Size of the parts in which the inputs were prepared; None: the corpus is older than they are."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _leave_out_what_was_once(cls, fields: Any) -> Any:
+        """Older manifests say whether bad documents were left out or ended the preparation."""
+        if isinstance(fields, dict):
+            fields = {name: value for name, value in fields.items() if name != "on_bad"}
+        return fields
 
 
-class Manifest(StrictModel):
-    """What a prepared corpus is, how it came about, and how to tell whether it is whole."""
+class Job(StrictModel):
+    """Everything that a prepared corpus depends on, but for the contents of its inputs."""
 
     format: Literal[1] = 1
     kind: SourceKind
+    sources: tuple[str, ...]
+    """The input files, as they were named."""
+    source_bytes: tuple[NonNegativeInt, ...] = ()
+    """Their sizes; none where the corpus was prepared before they were recorded."""
+    vocab_size: PositiveInt
+    tokenizer_fingerprint: str
+    settings: PreparationSettings
+
+    def differences(self, other: "Job") -> str:
+        """Return which fields of `other` differ and how, for a person; empty when none do."""
+        ours, theirs = (_flat(job.model_dump(include=set(Job.model_fields))) for job in (self, other))
+        changed = [name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)]
+        told = [f"{name} was {ours.get(name)!r}, is {theirs.get(name)!r}" for name in changed[:MAX_TOLD]]
+        return "; ".join(told) + (f"; and {len(changed) - MAX_TOLD} more" if len(changed) > MAX_TOLD else "")
+
+
+class Manifest(Job):
+    """What a prepared corpus is, how it came about, and how to tell whether it is whole."""
+
     documents: PositiveInt
     tokens: PositiveInt
     """On disk: a picture counts two, its slots are not there yet."""
     images: NonNegativeInt
     max_images_per_document: NonNegativeInt
     skipped: dict[str, NonNegativeInt]
-    """Documents that could not be used, by reason; `PREFIX.skipped.jsonl` lists them."""
+    """Documents that could not be used, by reason; `PREFIX.quarantine.jsonl` lists them."""
     filtered: dict[str, NonNegativeInt]
     """Documents that a filter dropped, by filter; `not_downloaded`: listed by img2dataset as failed."""
     dropped_images: dict[str, NonNegativeInt]
     """Pictures that a filter dropped from documents, by filter."""
     packing: dict[Packing, PackingSummary] = Field(default_factory=dict)
     """What each way of packing makes of an epoch, in rows of `settings.row_format`; none in older manifests."""
-    vocab_size: PositiveInt
-    tokenizer_fingerprint: str
-    sources: tuple[str, ...]
-    """The input files, as they were named."""
-    settings: PreparationSettings
     files: dict[str, FileRecord]
     """Every file of the corpus but this one, by name."""
 
@@ -84,9 +110,9 @@ def read_manifest(prefix: Path) -> Manifest:
     return manifest
 
 
-def write_manifest(manifest: Manifest) -> bytes:
-    """Return the manifest as the content of its file."""
-    return (json.dumps(manifest.model_dump(mode="json"), indent=2, ensure_ascii=False) + "\n").encode()
+def as_file(model: StrictModel) -> bytes:
+    """Return a manifest, or another such record, as the content of its file."""
+    return (json.dumps(model.model_dump(mode="json"), indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def check_size(file: Path, expected: int) -> None:
@@ -98,3 +124,14 @@ def check_size(file: Path, expected: int) -> None:
     if actual != expected:
         what = "truncated" if actual < expected else "longer than it was"
         raise DataError(f"{file} is {what}: {actual} bytes, expected {expected}; copy or prepare the corpus again")
+
+
+def _flat(fields: Any, name: str = "") -> dict[str, Any]:
+    """Return the values in nested dictionaries and tuples by name, such as `settings.filters.max_images`."""
+    if isinstance(fields, dict):
+        inside = [(f"{name}.{key}" if name else key, value) for key, value in fields.items()]
+    elif isinstance(fields, tuple):
+        inside = [(f"{name}[{number}]", value) for number, value in enumerate(fields)]
+    else:
+        return {name: fields}
+    return {path: leaf for key, value in inside for path, leaf in _flat(value, key).items()}

@@ -1,17 +1,18 @@
 """A pool of processes that encode chunks of records, with results in order and a bounded number under way."""
 
 import multiprocessing
+import os
+import threading
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 
-from megatron_kosmos.data.documents import read_records
 from megatron_kosmos.data.encoding import EncodedChunk, Encoder, EncoderSettings
 from megatron_kosmos.data.errors import DataError
-from megatron_kosmos.data.input_format import InputFormat
+from megatron_kosmos.data.part_plan import PlacedRecord
 from megatron_kosmos.data.readers.records import RawRecord
 from megatron_kosmos.prompt import SourceKind
 
@@ -23,51 +24,93 @@ CHUNKS_UNDER_WAY = 3
 """Per worker: what is read ahead stays bounded when writing is slower than encoding."""
 
 
-def encode_files(
-    settings: EncoderSettings, files: Iterable[Path], num_workers: int
-) -> Generator[tuple[EncodedChunk, int]]:
-    """Yield the encoded chunks of `files` in order, each with the bytes of its files that it took. Raises DataError."""
-    chunks = _chunks(settings.kind, files, settings.input_format)
+@dataclass(frozen=True)
+class PlacedChunk:
+    """An encoded chunk, all of one part."""
+
+    encoded: EncodedChunk
+    part: int
+    end: int
+    """Bytes of all inputs up to the end of its last record."""
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    records: list[RawRecord]
+    part: int
+    end: int
+
+
+def encode_records(
+    settings: EncoderSettings, records: Iterator[PlacedRecord], num_workers: int
+) -> Generator[PlacedChunk]:
+    """Yield the encoded chunks of `records` in order. Raises DataError after all that was read before."""
+    chunks = _chunks(settings.kind, records)
     if num_workers <= 1:
         encoder = Encoder(settings)
-        for records, num_bytes in chunks:
-            yield encoder.encode_chunk(records), num_bytes
+        for chunk in chunks:
+            yield PlacedChunk(encoder.encode_chunk(chunk.records), chunk.part, chunk.end)
         return
     # A server that forks workers, not a fork of this process: the thread of a progress bar would not survive that.
-    pool = ProcessPoolExecutor(num_workers, multiprocessing.get_context("forkserver"))
-    under_way: deque[tuple[Future[EncodedChunk], int]] = deque()
+    context = multiprocessing.get_context("forkserver")
+    pool = ProcessPoolExecutor(num_workers, context, initializer=_end_with_parent)
+    under_way: deque[tuple[Future[EncodedChunk], _Chunk]] = deque()
+
+    def next_result() -> PlacedChunk:
+        future, chunk = under_way.popleft()
+        return PlacedChunk(future.result(), chunk.part, chunk.end)
+
+    problem: DataError | None = None
     try:
-        for records, in_files in chunks:
-            under_way.append((pool.submit(_encode, settings, records), in_files))
-            if len(under_way) >= CHUNKS_UNDER_WAY * num_workers:
-                future, num_bytes = under_way.popleft()
-                yield future.result(), num_bytes
+        try:
+            for chunk in chunks:
+                under_way.append((pool.submit(_encode, settings, chunk.records), chunk))
+                if len(under_way) >= CHUNKS_UNDER_WAY * num_workers:
+                    yield next_result()
+        except DataError as error:
+            problem = error  # of the inputs: what was read before it is not lost
         while under_way:
-            future, num_bytes = under_way.popleft()
-            yield future.result(), num_bytes
+            yield next_result()
     except BrokenProcessPool as error:
         raise DataError("a worker process was killed, most likely for lack of memory; try fewer --workers") from error
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+    if problem is not None:
+        raise problem
 
 
-def _chunks(
-    kind: SourceKind, files: Iterable[Path], input_format: InputFormat
-) -> Iterator[tuple[list[RawRecord], int]]:
+def _chunks(kind: SourceKind, records: Iterator[PlacedRecord]) -> Iterator[_Chunk]:
     chunk: list[RawRecord] = []
-    in_memory, in_files = 0, 0
-    for file in files:
-        offset = 0
-        for record in read_records(kind, file, input_format):
-            chunk.append(record)
-            in_memory += record.num_bytes
-            in_files += record.offset - offset
-            offset = record.offset
-            if len(chunk) >= MAX_RECORDS[kind] or in_memory >= MAX_BYTES:
-                yield chunk, in_files
-                chunk, in_memory, in_files = [], 0, 0
-    if chunk:
-        yield chunk, in_files
+    in_memory = part = end = 0
+    problem: DataError | None = None
+    while True:
+        try:
+            placed = next(records, None)
+        except DataError as error:
+            placed, problem = None, error
+        is_full = len(chunk) >= MAX_RECORDS[kind] or in_memory >= MAX_BYTES
+        if chunk and (is_full or placed is None or placed.part != part):
+            yield _Chunk(chunk, part, end)
+            chunk, in_memory = [], 0
+        if placed is None:
+            break
+        chunk.append(placed.record)
+        in_memory += placed.record.num_bytes
+        part, end = placed.part, placed.end
+    if problem is not None:
+        raise problem
+
+
+def _end_with_parent() -> None:
+    """End this worker when the process that it works for is killed: the pool's queues would keep it waiting forever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "workers are started by multiprocessing"
+
+    def wait() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def _encode(settings: EncoderSettings, records: list[RawRecord]) -> EncodedChunk:

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+EXCERPT_BYTES = 1000
+"""What a report of a bad record shows of it."""
 MAX_RECORD_BYTES = 64 << 20
 """The most that one line, file of text, row or member of a tar may have, decompressed: what a reader holds of it."""
 
@@ -50,6 +52,13 @@ class RawRecord:
     def origin(self) -> str:
         """Where a person finds it."""
         return f"{self.file}:{self.place}"
+
+    @property
+    def excerpt(self) -> str | None:
+        """How a line or file of text begins, whatever its bytes are."""
+        if not isinstance(self.content, bytes):
+            return None
+        return self.content[:EXCERPT_BYTES].decode("utf-8", "backslashreplace")
 
     @property
     def num_bytes(self) -> int:

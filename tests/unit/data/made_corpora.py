@@ -5,10 +5,13 @@ from pathlib import Path
 import numpy as np
 
 from megatron_kosmos.config import CorpusConfig
+from megatron_kosmos.data.assembly import assemble
 from megatron_kosmos.data.corpus import Corpus
 from megatron_kosmos.data.encoding import EncodedChunk, EncodedDocument, EncodedImage
-from megatron_kosmos.data.preprocess import CorpusWriter, Preparation
-from megatron_kosmos.data.staging import Staging
+from megatron_kosmos.data.filters import Filters
+from megatron_kosmos.data.manifest import Job, PreparationSettings
+from megatron_kosmos.data.parts_folder import PartsFolder
+from megatron_kosmos.data.row_format import RowFormat
 from megatron_kosmos.data.tokenizer import KosmosTokenizer
 from megatron_kosmos.prompt import SourceKind
 
@@ -31,10 +34,19 @@ def make_corpus(folder: Path, kind: SourceKind, documents: list[Parts], tokenize
                 images.append(EncodedImage(b"x", "png", len(tokens)))
                 tokens += [IMAGE, END]
         chunk.documents.append(EncodedDocument(np.array([*tokens, EOS], dtype="<u2"), images))
-    with Staging(prefix) as staging:
-        writer = CorpusWriter(staging, Preparation(kind, (), prefix, Path()), tokenizer)
+    settings = PreparationSettings(filters=Filters(), row_format=RowFormat(), max_shard_bytes=1 << 30, part_bytes=1)
+    job = Job(
+        kind=kind,
+        sources=(),
+        vocab_size=tokenizer.vocab_size,
+        tokenizer_fingerprint=tokenizer.fingerprint,
+        settings=settings,
+    )
+    parts = PartsFolder(prefix)
+    parts.create(job)
+    with parts.writing(job, 0) as writer:
         writer.append(chunk)
-        writer.finish()
+    assemble(parts, job, 1)
     return Corpus(CorpusConfig(kind=kind, prefix=prefix), tokenizer)
 
 

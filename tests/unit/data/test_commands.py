@@ -82,13 +82,13 @@ def test_preprocess_reports_what_it_skipped(
         "mixed.jsonl", ['{"image": "a.png", "caption": "two"}', '{"image": "none.png", "caption": "x"}']
     )
     arguments = ("preprocess", "captions", "--input", good, mixed, "--output", tmp_path / "c", "--tokenizer")
-    status, said = kosmos(*arguments, tokenizer_folder)
+    status, said = kosmos(*arguments, tokenizer_folder, "--strict")
     assert status != 0
     assert not (tmp_path / "c.manifest.json").exists()
-    status, said = kosmos(*arguments, tokenizer_folder, "--on-bad", "skip", "--num-latents", 4, "--sequence-length", 64)
+    status, said = kosmos(*arguments, tokenizer_folder, "--num-latents", 4, "--sequence-length", 64)
     assert status == 0, said
     assert re.search(r"documents skipped: missing_image *│ *1 ", said)
-    assert f"skipped documents are listed in {tmp_path / 'c.skipped.jsonl'}" in said
+    assert f"skipped documents are listed in {tmp_path / 'c.quarantine.jsonl'}" in said
     manifest = read_manifest(tmp_path / "c")
     assert (manifest.documents, manifest.sources) == (2, (str(good), str(mixed)))
     assert (manifest.settings.row_format.sequence_length, manifest.settings.row_format.num_latents) == (64, 4)
@@ -106,9 +106,9 @@ def test_names_of_fields_and_a_folder_of_pictures(
     arguments = ("preprocess", "captions", "--input", file, "--output", tmp_path / "c", "--tokenizer", tokenizer_folder)
     for left_out in options:
         given = [word for option in options.items() if option[0] != left_out for word in option]
-        assert kosmos(*arguments, *given, "--drop-unusable-images")[0] != 0
+        assert kosmos(*arguments, *given, "--drop-unusable-images", "--strict")[0] != 0
     given = [word for option in options.items() for word in option]
-    assert kosmos(*arguments, *given)[0] != 0
+    assert kosmos(*arguments, *given, "--strict")[0] != 0
     status, said = kosmos(*arguments, *given, "--drop-unusable-images")
     assert status == 0, said
     assert re.search(r"images dropped: missing_image *│ *1 ", said)
@@ -133,7 +133,7 @@ def test_a_tokenizer_from_a_column(kosmos: Kosmos, tmp_path: Path) -> None:
 
 def test_the_tool_ends_with_the_message_alone(write_lines: WriteLines, tokenizer_folder: Path, tmp_path: Path) -> None:
     file = write_lines("bad.jsonl", ['{"text": "good"}', '{"text": '])
-    tool = [sys.executable, "tools/preprocess_data.py", "text"]
+    tool = [sys.executable, "tools/preprocess_data.py", "text", "--strict"]
     arguments = ["--input", file, "--output", tmp_path / "t", "--tokenizer", tokenizer_folder]
     command = [*tool, *map(str, arguments)]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)

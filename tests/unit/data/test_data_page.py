@@ -45,14 +45,16 @@ def commands() -> dict[str, Any]:
     assert isinstance(kosmos, typer.core.TyperGroup)
     assert isinstance(obelics_commands, typer.core.TyperGroup)
     tokenizers, inspections = kosmos.commands["tokenizer"], kosmos.commands["inspect"]
+    preparations = kosmos.commands["preprocess"]
     assert isinstance(tokenizers, typer.core.TyperGroup)
     assert isinstance(inspections, typer.core.TyperGroup)
+    assert isinstance(preparations, typer.core.TyperGroup)
     return {
         "tools/fetch_debian_corpora.py": kosmos.commands["fetch"],
         "benchmarks/losses_by_source.py": kosmos.commands["losses"],
         ".venv/bin/kosmos inspect data": inspections.commands["data"],
         ".venv/bin/kosmos train": kosmos.commands["train"],
-        "tools/preprocess_data.py": kosmos.commands["preprocess"],
+        **{f"tools/preprocess_data.py {name}": command for name, command in preparations.commands.items()},
         **{f"tools/obelics_images.py {name}": command for name, command in obelics_commands.commands.items()},
         **{f".venv/bin/kosmos tokenizer {name}": command for name, command in tokenizers.commands.items()},
     }
@@ -64,8 +66,10 @@ def test_a_command_of_the_page_is_legal(commands: dict[str, Any], line: str) -> 
     (beginning,) = (beginning for beginning in commands if line.startswith(f"{beginning} "))
     context = commands[beginning].make_context(beginning, shlex.split(line.removeprefix(beginning)))
     if "preprocess" in beginning:
-        output, folder = context.params["output"], context.params["tokenizer"]
-        assert (output.parent, folder) in {(base, base / "tokenizer") for base in (Path("data"), Path("data/debian"))}
+        folder = context.params.get("tokenizer")
+        places = {(base, base / "tokenizer") for base in (Path("data"), Path("data/debian"))}
+        assert folder is None or (context.params["output"].parent, folder) in places
+        assert str(context.params["output"]).startswith("data/")
     elif context.params.get("config"):
         load_config([ROOT / file for file in context.params["config"]], context.params["overrides"] or [])
 

@@ -137,21 +137,19 @@ def test_the_number_of_workers_does_not_matter(
     damaged = file.with_name(f"damaged-{file.name}")
     damaged.write_bytes(file.read_bytes()[: -file.stat().st_size // 3])
     (tmp_path / "3.png").unlink()
-    outputs = [corpus(kind, damaged, file, on_bad="skip", num_workers=num_workers) for num_workers in (1, 2)]
+    outputs = [corpus(kind, damaged, file, num_workers=num_workers) for num_workers in (1, 2)]
     assert outputs[0] == outputs[1]
     if file.suffix != ".tsv":  # a cut line is only a bad line
-        assert b'"damaged_file"' in outputs[0]["corpus.skipped.jsonl"]
+        assert b'"damaged_file"' in outputs[0]["corpus.quarantine.jsonl"]
 
 
-def test_a_damaged_file_stops_unless_bad_documents_are_skipped(
-    written: dict[str, tuple[SourceKind, Path]], corpus: Corpus
-) -> None:
+def test_a_damaged_file_stops_a_strict_preparation(written: dict[str, tuple[SourceKind, Path]], corpus: Corpus) -> None:
     kind, file = written["text jsonl.zst"]
     file.write_bytes(file.read_bytes()[:-5])
     with pytest.raises(BadDocument, match=r"text\.jsonl\.zst:\d+: the file cannot be read from here on: Truncated"):
-        corpus(kind, file)
+        corpus(kind, file, strict=True)
     whole = written["text jsonl"][1]
-    assert b"damaged_file" in corpus(kind, file, whole, on_bad="skip")["corpus.skipped.jsonl"]
+    assert b"damaged_file" in corpus(kind, file, whole)["corpus.quarantine.jsonl"]
 
 
 def test_unusable_pictures_are_dropped_when_asked(
@@ -168,9 +166,9 @@ def test_unusable_pictures_are_dropped_when_asked(
     file = tmp_path / "a.jsonl"
     file.write_text("".join(json.dumps(page) + "\n" for page in pages))
     with pytest.raises(BadDocument, match=r"a\.jsonl:1: there is no picture at .*none\.png \[missing_image\]"):
-        corpus("interleaved", file)
-    skipped = corpus("interleaved", file, on_bad="skip", filters=Filters(drop_unusable_images=True))
-    assert "corpus.skipped.jsonl" not in skipped
+        corpus("interleaved", file, strict=True)
+    skipped = corpus("interleaved", file, filters=Filters(drop_unusable_images=True))
+    assert "corpus.quarantine.jsonl" not in skipped
     manifest = json.loads((tmp_path / "out" / "corpus.manifest.json").read_text())
     assert (manifest["documents"], manifest["images"], manifest["filtered"]) == (1, 1, {"no_images_left": 1})
     assert manifest["dropped_images"] == {"missing_image": 4, "remote_image": 1, "undecodable_image": 1}

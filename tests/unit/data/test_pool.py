@@ -3,8 +3,11 @@
 import json
 import multiprocessing
 import os
+import select
 import signal
-from collections.abc import Callable, Sequence
+import subprocess
+import sys
+from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -12,9 +15,14 @@ import pytest
 from megatron_kosmos.data.encoding import EncoderSettings
 from megatron_kosmos.data.errors import DataError
 from megatron_kosmos.data.filters import Filters
-from megatron_kosmos.data.pool import CHUNKS_UNDER_WAY, MAX_RECORDS, encode_files
+from megatron_kosmos.data.input_format import USUAL
+from megatron_kosmos.data.part_plan import PartPlan, PlacedRecord
+from megatron_kosmos.data.pool import CHUNKS_UNDER_WAY, MAX_RECORDS, PlacedChunk, encode_records
 from megatron_kosmos.data.row_format import RowFormat
 from megatron_kosmos.data.tokenizer import KosmosTokenizer
+
+ROOT = Path(__file__).parents[3]
+WriteLines = Callable[[str, Sequence[str]], Path]
 
 
 @pytest.fixture
@@ -23,22 +31,30 @@ def settings(tokenizer_folder: Path) -> EncoderSettings:
 
 
 @pytest.fixture
-def numbered(write_lines: Callable[[str, Sequence[str]], Path]) -> Path:
+def numbered(write_lines: WriteLines) -> Path:
     return write_lines(
         "numbered.jsonl", [json.dumps({"text": str(number)}) for number in range(20 * MAX_RECORDS["text"])]
     )
 
 
+def encode(settings: EncoderSettings, files: list[Path], num_workers: int) -> Generator[PlacedChunk]:
+    """Encode files as one part."""
+    plan = PartPlan(files, [file.stat().st_size for file in files], 1 << 30)
+    return encode_records(settings, plan.read("text", USUAL, [0]), num_workers)
+
+
 def test_chunks_come_in_order(settings: EncoderSettings, numbered: Path, tokenizer: KosmosTokenizer) -> None:
-    chunks = list(encode_files(settings, [numbered, numbered], num_workers=3))
-    texts = [tokenizer.decode(document.tokens) for chunk, _ in chunks for document in chunk.documents]
+    chunks = list(encode(settings, [numbered, numbered], num_workers=3))
+    texts = [tokenizer.decode(document.tokens) for chunk in chunks for document in chunk.encoded.documents]
     assert texts == [str(number) for number in range(20 * MAX_RECORDS["text"])] * 2
-    assert sum(num_bytes for _, num_bytes in chunks) == 2 * numbered.stat().st_size
+    ends = [chunk.end for chunk in chunks]
+    assert ends == sorted(ends)
+    assert ends[-1] == 2 * numbered.stat().st_size
 
 
 def test_a_killed_worker_is_told(settings: EncoderSettings, numbered: Path) -> None:
     before = set(multiprocessing.active_children())
-    chunks = encode_files(settings, [numbered], num_workers=2)
+    chunks = encode(settings, [numbered], num_workers=2)
     next(chunks)
     workers = set(multiprocessing.active_children()) - before
     assert len(workers) == 2
@@ -52,16 +68,60 @@ def test_a_killed_worker_is_told(settings: EncoderSettings, numbered: Path) -> N
 
 def test_leaving_early_ends_the_workers(settings: EncoderSettings, numbered: Path) -> None:
     before = set(multiprocessing.active_children())
-    chunks = encode_files(settings, [numbered], num_workers=2)
+    chunks = encode(settings, [numbered], num_workers=2)
     next(chunks)
     chunks.close()
     assert set(multiprocessing.active_children()) == before
 
 
-def test_reading_ahead_is_bounded(settings: EncoderSettings, numbered: Path, tmp_path: Path) -> None:
-    """Chunks beyond those under way are not read: a bad file behind them is not noticed yet."""
-    chunks = encode_files(settings, [numbered, tmp_path / "none.jsonl"], num_workers=2)
-    for _ in range(20 - 2 * CHUNKS_UNDER_WAY):
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_an_error_of_the_input_comes_after_what_was_read_before(
+    settings: EncoderSettings, numbered: Path, write_lines: WriteLines, num_workers: int
+) -> None:
+    few = write_lines("few.jsonl", ['{"text": "x"}'] * 3)
+    files = [numbered, few, few]
+    plan = PartPlan(files, [numbered.stat().st_size, few.stat().st_size, 1], 1 << 30)
+    chunks = encode_records(settings, plan.read("text", USUAL, [0]), num_workers)
+    before = [len(next(chunks).encoded.documents) for _ in range(21)]
+    assert sum(before) == 20 * MAX_RECORDS["text"] + 3
+    with pytest.raises(DataError, match=r"few\.jsonl had 1 bytes and has 42: it is changing"):
         next(chunks)
-    with pytest.raises(DataError, match="no input file"):
-        list(chunks)
+
+
+def test_reading_ahead_is_bounded(settings: EncoderSettings, numbered: Path, tmp_path: Path) -> None:
+    read = 0
+
+    def records() -> Iterator[PlacedRecord]:
+        nonlocal read
+        for record in PartPlan([numbered], [numbered.stat().st_size], 1 << 30).read("text", USUAL, [0]):
+            read += 1
+            yield record
+
+    next(encode_records(settings, records(), num_workers=2))
+    assert read <= (2 * CHUNKS_UNDER_WAY + 1) * MAX_RECORDS["text"]
+
+
+WORK = """
+import multiprocessing, signal, sys
+from pathlib import Path
+from megatron_kosmos.data.encoding import EncoderSettings
+from megatron_kosmos.data.filters import Filters
+from megatron_kosmos.data.row_format import RowFormat
+from tests.unit.data.test_pool import encode
+chunks = encode(EncoderSettings("text", Path(sys.argv[1]), Filters(), RowFormat()), [Path(sys.argv[2])], 2)
+next(chunks)
+print(*(worker.pid for worker in multiprocessing.active_children()), flush=True)
+signal.pause()
+"""
+
+
+def test_workers_end_with_a_killed_parent(tokenizer_folder: Path, numbered: Path) -> None:
+    command = [sys.executable, "-c", WORK, str(tokenizer_folder), str(numbered)]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE) as parent:
+        assert parent.stdout is not None
+        workers = [os.pidfd_open(int(pid)) for pid in parent.stdout.readline().split()]
+        parent.kill()
+    assert len(workers) == 2
+    for worker in workers:
+        assert select.select([worker], [], [], 60)[0], "a worker outlives its parent"
+        os.close(worker)

@@ -50,12 +50,13 @@ def files_in(folder: Path) -> dict[str, bytes]:
 def test_text(preparation: Prepare, write_lines: WriteLines, tokenizer: KosmosTokenizer) -> None:
     texts = ["first\nline", "", "second <image>"]
     file = write_lines("a.jsonl", [json.dumps({"text": text}) for text in texts if text])
-    progress: list[tuple[int, int]] = []
+    progress: list[tuple[int, int, int]] = []
     wanted = preparation("text", file)
-    manifest = prepare(wanted, lambda num_bytes, num_documents: progress.append((num_bytes, num_documents)))
+    manifest = prepare(wanted, lambda *counts: progress.append(counts))
     documents = documents_at(wanted.output)
     assert documents == [[1, *tokenizer.encode(text), 2] for text in texts if text]
-    assert progress == [(file.stat().st_size, 2)]
+    size = file.stat().st_size
+    assert progress == [(size, size, 2), (size, size, 2)]  # its only chunk, its only part
     assert (manifest.documents, manifest.tokens, manifest.images) == (2, sum(map(len, documents)), 0)
     assert manifest.tokenizer_fingerprint == tokenizer.fingerprint
     assert manifest == read_manifest(wanted.output)
@@ -81,7 +82,7 @@ def test_interleaved(
     assert [store.read(number) for number in (0, 1)] == [picture(seed, file_format="JPEG") for seed in (0, 1)]
     assert (manifest.images, manifest.max_images_per_document) == (2, 2)
     assert (
-        b"000000000000.0001.jpg" in files_in(wanted.output.parent)["corpus-images-00000.tar"]
+        b"000000-000000000.0001.jpg" in files_in(wanted.output.parent)["corpus-images-00000.tar"]
     )  # .png was its name only
 
 
@@ -94,14 +95,12 @@ def test_output_does_not_depend_on_workers(
     file = write_lines("c.jsonl", lines)
     outputs = []
     for num_workers in (1, 3):
-        wanted = preparation(
-            "caption", file, num_workers=num_workers, on_bad="skip", overwrite=True, max_shard_bytes=20_000
-        )
+        wanted = preparation("caption", file, num_workers=num_workers, overwrite=True, max_shard_bytes=20_000)
         manifest = prepare(wanted)
         outputs.append(files_in(wanted.output.parent))
     assert (manifest.documents, manifest.skipped) == (125, {"missing_image": 25})
     assert sum(name.endswith(".tar") for name in outputs[0]) > 1
-    assert "corpus.skipped.jsonl" in outputs[0]
+    assert "corpus.quarantine.jsonl" in outputs[0]
     assert outputs[0] == outputs[1]
 
 
@@ -139,16 +138,17 @@ def test_a_bad_document_stops_or_is_accounted_for(
         "row_format": RowFormat(sequence_length=64, num_latents=4),
     }
     with pytest.raises(BadDocument) as caught:
-        prepare(preparation(kind, file, **settings))
+        prepare(preparation(kind, file, strict=True, **settings))
     assert (caught.value.origin, caught.value.reason) == (f"{file}:2", reason)
     assert files_in(tmp_path / "out") == {}
 
-    manifest = prepare(preparation(kind, file, on_bad="skip", **settings))
+    manifest = prepare(preparation(kind, file, **settings))
     assert (manifest.documents, manifest.skipped) == (2, {reason: 1})
-    (line,) = files_in(tmp_path / "out")["corpus.skipped.jsonl"].splitlines()
+    (line,) = files_in(tmp_path / "out")["corpus.quarantine.jsonl"].splitlines()
     entry = json.loads(line)
     assert (entry["origin"], entry["reason"]) == (f"{file}:2", reason)
     assert entry["detail"]
+    assert entry["record"] == (BAD_LINES | BAD_CAPTIONS)[reason].decode("utf-8", "backslashreplace") + "\n"
 
 
 def test_filters_of_the_paper(preparation: Prepare, write_lines: WriteLines, picture: Picture, tmp_path: Path) -> None:
@@ -205,8 +205,10 @@ def test_an_existing_corpus_is_replaced_only_when_asked(
     prepare(wanted)
     before = files_in(tmp_path / "out")
     assert sum(name.endswith(".tar") for name in before) == 3
-    with pytest.raises(DataError, match=r"there is a corpus at .* already; give --overwrite"):
-        prepare(wanted)
+    other = preparation("caption", file, max_shard_bytes=2)
+    message = r"there is a corpus at .* already, another one: settings\.max_shard_bytes was 1, is 2; give --overwrite"
+    with pytest.raises(DataError, match=message):
+        prepare(other)
     assert files_in(tmp_path / "out") == before
     prepare(preparation("text", write_lines("t.jsonl", ['{"text": "x"}']), overwrite=True))
     assert list(files_in(tmp_path / "out")) == ["corpus.bin", "corpus.idx", "corpus.manifest.json"]
@@ -218,14 +220,14 @@ def test_a_failed_replacement_leaves_the_old_corpus(
     prepare(preparation("text", write_lines("t.jsonl", ['{"text": "x"}'])))
     before = files_in(tmp_path / "out")
     with pytest.raises(BadDocument):
-        prepare(preparation("text", write_lines("t.jsonl", ['{"text": "x"}', "bad"]), overwrite=True))
+        prepare(preparation("text", write_lines("t.jsonl", ['{"text": "x"}', "bad"]), overwrite=True, strict=True))
     assert files_in(tmp_path / "out") == before
 
 
 @pytest.mark.parametrize("lines, what", [([], "the inputs are empty"), (["bad"], "{'invalid_json': 1}; the first: ")])
 def test_nothing_left_is_an_error(preparation: Prepare, write_lines: WriteLines, lines: list[str], what: str) -> None:
     with pytest.raises(DataError, match=f"no document left for .*/out/corpus: {what}"):
-        prepare(preparation("text", write_lines("t.jsonl", lines), on_bad="skip"))
+        prepare(preparation("text", write_lines("t.jsonl", lines)))
 
 
 def test_a_tokenizer_without_image(preparation: Prepare, write_lines: WriteLines, tmp_path: Path) -> None:
