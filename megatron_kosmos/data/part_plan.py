@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 
-from megatron_kosmos.data.documents import CONTAINERS, read_records
+from megatron_kosmos.data.documents import CONTAINERS, check_input, read_records
 from megatron_kosmos.data.errors import DataError
 from megatron_kosmos.data.input_format import InputFormat
 from megatron_kosmos.data.readers.records import RawRecord
@@ -72,6 +72,7 @@ class PartPlan:
             wanted = [part for part in self.parts_of_file(number) if part in parts]
             if not wanted:
                 continue
+            check_input(kind, file)
             if file.stat().st_size != self._sizes[number]:
                 raise DataError(f"{file} had {self._sizes[number]} bytes and has {file.stat().st_size}: it is changing")
             offset = 0

@@ -71,11 +71,18 @@ class PartsFolder:
         If another process has written it meanwhile, which makes no difference, that one is kept.
         """
         folder = self.part_path(number)
-        settings = job.settings
-        with PartWriter(own_name(folder), number, token_dtype(job.vocab_size), settings.max_shard_bytes) as writer:
-            yield writer
-            writer.finish()
-        put_in_place(own_name(folder), folder)
+        new, dtype = own_name(folder), token_dtype(job.vocab_size)
+        try:
+            with PartWriter(new, number, dtype, job.settings.max_shard_bytes) as writer:
+                yield writer
+                writer.finish()
+                put_in_place(new, folder)
+        except FileNotFoundError as error:
+            if Path(error.filename or "") != new and new not in Path(error.filename or "").parents:
+                raise
+            raise DataError(
+                f"{new} has vanished: another process prepares or assembled the same parts; let one of them do it"
+            ) from error
 
     def problem_of(self, number: int) -> str | None:
         """Return why a part cannot be used, as far as the sizes of its files tell; None if it can."""

@@ -94,6 +94,41 @@ def test_preprocess_reports_what_it_skipped(
     assert (manifest.settings.row_format.sequence_length, manifest.settings.row_format.num_latents) == (64, 4)
 
 
+def test_shards_and_merge(kosmos: Kosmos, write_lines: WriteLines, tokenizer_folder: Path, tmp_path: Path) -> None:
+    lines = [json.dumps({"text": f"{number} " * 2000}) for number in range(300)]
+    file, output = write_lines("t.jsonl", lines), tmp_path / "t"
+    prepare = ("preprocess", "text", "--input", file, "--output", output, "--tokenizer", tokenizer_folder)
+    sharded = (*prepare, "--part-megabytes", 1, "--num-shards", 2, "--shard-index")
+    status, said = kosmos(*sharded, 2)
+    assert status != 0
+    assert "--shard-index 2 is not below --num-shards 2" in " ".join(said.replace("│", "").split())
+    status, said = kosmos(*sharded, 1)
+    assert status == 0, said
+    assert f"parts 1 to 2; when all 2 shards are done: kosmos preprocess merge --output {output}" in said
+    status, said = kosmos("preprocess", "merge", "--output", output)
+    assert status == 1
+    assert "run again --num-shards 2 with --shard-index 0" in said
+    status, said = kosmos(*sharded, 0)
+    assert status == 0, said
+    status, said = kosmos("preprocess", "merge", "--output", output)
+    assert status == 0, said
+    assert re.search(r"documents *│ *300 ", said)
+    before = read_manifest(output)
+
+    status, said = kosmos(*prepare, "--part-megabytes", 1)
+    assert status == 0, said
+    assert f"{output} was finished before; there was nothing to do" in said
+    status, said = kosmos(*prepare)
+    assert status == 1
+    assert "settings.part_bytes was 1048576, is 67108864; give --overwrite" in said
+    status, said = kosmos(*prepare, "--overwrite", "--drop-duplicate-documents", "--drop-duplicate-images")
+    assert status == 0, said
+    after = read_manifest(output)
+    filters = after.settings.filters
+    assert (filters.drop_duplicate_documents, filters.drop_duplicate_images) == (True, True)
+    assert after.files == before.files
+
+
 def test_names_of_fields_and_a_folder_of_pictures(
     kosmos: Kosmos, tokenizer_folder: Path, tmp_path: Path, picture: Callable[..., bytes]
 ) -> None:

@@ -40,7 +40,7 @@ def test_files_of_other_parts_stay_closed(write_lines: WriteLines, tmp_path: Pat
     found = plan([a, b], 14)
     a.unlink()
     assert [placed.record.place for placed in found.read("text", USUAL, [1])] == ["1"]
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(DataError, match=r"no input file at .*a\.jsonl"):
         list(found.read("text", USUAL, [0]))
 
 

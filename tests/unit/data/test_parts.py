@@ -228,6 +228,19 @@ def test_strict_stops_at_the_first_in_order(make: Make, kind: SourceKind, num_wo
     assert files_in(strict.output.parent) == files_in(lenient.output.parent)
 
 
+def test_a_part_that_another_process_deletes(make: Make) -> None:
+    """As one on another machine does that is started for the same parts: it cannot see that this one is alive."""
+    wanted = make("caption", "out")
+
+    def delete(*counts: int) -> None:
+        for partial in wanted.output.with_name("corpus.parts").glob("*.partial-*"):
+            shutil.rmtree(partial)
+
+    with pytest.raises(DataError, match=r"000000\.partial-.* has vanished: another process prepares"):
+        prepare_shard(wanted, 0, 1, delete)
+    prepare(wanted)
+
+
 def test_two_processes_may_do_the_same_part(make: Make) -> None:
     """The one that is later finds the part in place, and keeps it."""
     wanted, expected = make("caption", "out"), make("caption", "expected")
