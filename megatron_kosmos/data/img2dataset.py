@@ -34,7 +34,7 @@ def failed_downloads(tar: Path) -> Iterator[RawRecord]:
 
     for record in read_rows(listing, marks):
         if isinstance(record.content, Row) and not is_downloaded(record.content.values):
-            yield replace(record, offset=end)
+            yield record._replace(offset=end)
 
 
 def with_picture(record: RawRecord, image_field: str) -> RawRecord:
@@ -51,4 +51,4 @@ def with_picture(record: RawRecord, image_field: str) -> RawRecord:
         raise DataError(f"{record.file} lists pairs of img2dataset, but holds no pictures; {advice}")
     pictures = [folder / f"{row.values['key']}.{extension}" for extension in IMAGE_EXTENSIONS]
     picture = next((path for path in pictures if path.is_file()), pictures[0])
-    return replace(record, content=replace(row, values={**row.values, image_field: str(picture.resolve())}))
+    return record._replace(content=replace(row, values={**row.values, image_field: str(picture.resolve())}))

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from pydantic import NonNegativeInt, ValidationError
 
 from megatron_kosmos.config.base import StrictModel
-from megatron_kosmos.data.encoding import EncodedChunk, EncodedDocument
+from megatron_kosmos.data.encoding import EncodedChunk
 from megatron_kosmos.data.errors import BadDocument, DataError
 from megatron_kosmos.data.hashed_file import HashedFile, fsync_folder, told_when_full
 from megatron_kosmos.data.image_store import ImageTarWriter
@@ -65,23 +65,22 @@ class PartWriter:
         self._skipped.update(problem.reason for problem in chunk.bad)
         self._filtered += chunk.filtered
         self._dropped_images += chunk.dropped_images
-        for document in chunk.documents:
-            if document.tokens.dtype != self._dtype:
-                raise ValueError(f"tokens are {document.tokens.dtype}, the file holds {self._dtype}")
-        self._tokens.write(b"".join(document.tokens.tobytes() for document in chunk.documents))
-        self._append_rows(chunk.documents)
+        if chunk.tokens.dtype != self._dtype:
+            raise ValueError(f"tokens are {chunk.tokens.dtype}, the file holds {self._dtype}")
+        self._tokens.write(chunk.tokens.tobytes())
+        self._append_rows(chunk)
 
-    def _append_rows(self, documents: list[EncodedDocument]) -> None:
-        rows = np.zeros(len(documents), DOCUMENT)
-        rows["tokens"] = [len(document.tokens) for document in documents]
-        rows["images"] = [len(document.images) for document in documents]
-        rows["hash"] = hash_column(document.digest for document in documents)
+    def _append_rows(self, chunk: EncodedChunk) -> None:
+        rows = np.zeros(chunk.num_documents, DOCUMENT)
+        rows["tokens"], rows["hash"] = chunk.lengths, chunk.hashes
+        if chunk.images:
+            rows["images"] = [len(images) for images in chunk.images]
         self._documents.write(rows.tobytes())
-        images = [image for document in documents for image in document.images]
+        images = [image for of_document in chunk.images for image in of_document]
         places = array("q")
-        for document in documents:
-            places.extend(self._tars.append(self._num_documents, document.images))
-            self._num_documents += 1
+        for number, of_document in enumerate(chunk.images, start=self._num_documents):
+            places.extend(self._tars.append(number, of_document))
+        self._num_documents += chunk.num_documents
         rows = np.zeros(len(images), IMAGE)
         rows["tar"], rows["offset"] = np.array(places, dtype=np.int64).reshape(-1, 2).T
         rows["size"] = [len(image.data) for image in images]

@@ -242,7 +242,7 @@ class _Progress:
 
     def chunk(self, chunk: PlacedChunk) -> None:
         """Count a chunk of the part that is being written."""
-        self._documents += len(chunk.encoded.documents)
+        self._documents += chunk.encoded.num_documents
         in_part = chunk.end - self._plan.start_of(chunk.part)
         self._on_progress(self._done + in_part, self._total, self._documents)
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 HASH_BYTES = 16
 DOCUMENT = np.dtype([("tokens", "<i4"), ("images", "<i4"), ("hash", "<u8", 2)])
-"""Tokens and pictures of a document, and `EncodedDocument.digest`: 24 bytes."""
+"""Tokens and pictures of a document, and `EncodedChunk.hashes`: 24 bytes."""
 IMAGE = np.dtype([("offset", "<i8"), ("size", "<i4"), ("tar", "<i4"), ("position", "<i4"), ("hash", "<u8", 2)])
 """Where a picture's bytes lie in which tar, the index of its `<image>` in its document, and their hash: 36 bytes."""
 

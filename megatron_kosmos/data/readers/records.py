@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 EXCERPT_BYTES = 1000
 """What a report of a bad record shows of it."""
@@ -37,9 +37,8 @@ class Unreadable:
     detail: str
 
 
-@dataclass(frozen=True)
-class RawRecord:
-    """One document as its file has it."""
+class RawRecord(NamedTuple):
+    """One document as its file has it. A tuple, since there are millions that travel between processes."""
 
     file: Path
     place: str

@@ -7,7 +7,7 @@ import numpy as np
 from megatron_kosmos.config import CorpusConfig
 from megatron_kosmos.data.assembly import assemble
 from megatron_kosmos.data.corpus import Corpus
-from megatron_kosmos.data.encoding import EncodedChunk, EncodedDocument, EncodedImage
+from megatron_kosmos.data.encoding import EncodedChunk, EncodedImage
 from megatron_kosmos.data.filters import Filters
 from megatron_kosmos.data.manifest import Job, PreparationSettings
 from megatron_kosmos.data.parts_folder import PartsFolder
@@ -24,7 +24,7 @@ Parts = list[int | str]
 def make_corpus(folder: Path, kind: SourceKind, documents: list[Parts], tokenizer: KosmosTokenizer) -> Corpus:
     """Write `documents` as a real corpus; a picture's bytes are never decoded here."""
     prefix = folder / "corpus"
-    chunk = EncodedChunk()
+    ids, images_of = list[list[int]](), list[list[EncodedImage]]()
     for document in documents:
         tokens, images = [BOS], list[EncodedImage]()
         for part in document:
@@ -33,7 +33,10 @@ def make_corpus(folder: Path, kind: SourceKind, documents: list[Parts], tokenize
             else:
                 images.append(EncodedImage(b"x", "png", len(tokens)))
                 tokens += [IMAGE, END]
-        chunk.documents.append(EncodedDocument(np.array([*tokens, EOS], dtype="<u2"), images))
+        ids.append([*tokens, EOS])
+        images_of.append(images)
+    lengths = np.array([len(tokens) for tokens in ids])
+    chunk = EncodedChunk(np.concatenate(ids).astype("<u2"), lengths, images_of, np.zeros((len(ids), 2), np.uint64))
     settings = PreparationSettings(filters=Filters(), row_format=RowFormat(), max_shard_bytes=1 << 30, part_bytes=1)
     job = Job(
         kind=kind,

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from megatron_kosmos.data.documents import Document, ImageReference, parse_record, read_records, read_texts
+from megatron_kosmos.data.documents import Document, ImageReference, parse_record, parse_text, read_records, read_texts
 from megatron_kosmos.data.errors import BadDocument, DataError
 from megatron_kosmos.data.readers.records import MAX_RECORD_BYTES
 from megatron_kosmos.prompt import SourceKind
@@ -110,6 +110,52 @@ def test_bad_lines(
     assert (caught.value.origin, caught.value.reason) == (f"{file}:2", reason)
     assert detail in caught.value.detail
     assert str(caught.value).startswith(f"{file}:2: ")
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        *(
+            b'{"text": "a", "text": "b"}',
+            b' {"a": NaN, "text": "x"} \r',
+            b'{"text": "\\ud83c\\udf89 \\u0000"}',
+            b'{"text": "x"} {}',
+        ),
+        *(
+            b'\xef\xbb\xbf{"text": "x"}',
+            b'{"text": "x", "b": "\xff"}',
+            b'{"text": "\xed\xa0\x80"}',
+            b'{"text": "\\udc00"}',
+        ),
+        *(
+            b'{"text": "\\u00a0\\u2003"}',
+            b'{"text": null}',
+            b'{"text": ["x"]}',
+            b"[]",
+            b'"text"',
+            b"{}",
+            b'{"text": "x",}',
+        ),
+        *(
+            b'{"b": 1e999, "text": "x"}',
+            b'{"b": ' + b"9" * 5000 + b', "text": "x"}',
+            b'{"b": ' + b"[" * 500 + b', "text": "x"}',
+        ),
+    ],
+)
+def test_texts_of_lines_are_those_of_the_general_way(tmp_path: Path, line: bytes) -> None:
+    """`parse_text` does not build what validates a line; what it gives, and what it refuses, is the same."""
+    file = tmp_path / "a.jsonl"
+    file.write_bytes(line + b"\n")
+    (record,) = read_records("text", file)
+
+    def outcome(parse: Callable[[], object]) -> object:
+        try:
+            return parse()
+        except BadDocument as problem:
+            return str(problem)
+
+    assert outcome(lambda: parse_text(record)) == outcome(lambda: parse_record("text", record).parts[0])
 
 
 def test_invalid_utf8_is_named_by_line(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_kosmos.data.duplicates import first_occurrences
-from megatron_kosmos.data.encoding import EncodedDocument, EncodedImage
+from megatron_kosmos.data.encoding import EncodedImage, document_digest
 from megatron_kosmos.data.filters import Filters
 from megatron_kosmos.data.image_store import ImageStore
 from megatron_kosmos.data.indexed import IndexedReader
@@ -179,7 +179,7 @@ def test_tables_after_a_cut(documents: list[tuple[bool, list[bool | None]]]) -> 
 def test_what_makes_documents_equal(tokenizer: KosmosTokenizer) -> None:
     def digest(text: str, *pictures: bytes) -> bytes:
         tokens = np.array([1, *[4, 5] * len(pictures), *tokenizer.encode(text), 2], dtype="<u2")
-        return EncodedDocument(tokens, [EncodedImage(data, "png", 1) for data in pictures]).digest
+        return document_digest(tokens, [EncodedImage(data, "png", 1) for data in pictures])
 
     assert digest("a", b"x", b"y") == digest("a", b"x", b"y")
     others = [

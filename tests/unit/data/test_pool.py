@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from megatron_kosmos.data.encoding import EncoderSettings
@@ -45,7 +46,9 @@ def encode(settings: EncoderSettings, files: list[Path], num_workers: int) -> Ge
 
 def test_chunks_come_in_order(settings: EncoderSettings, numbered: Path, tokenizer: KosmosTokenizer) -> None:
     chunks = list(encode(settings, [numbered, numbered], num_workers=3))
-    texts = [tokenizer.decode(document.tokens) for chunk in chunks for document in chunk.encoded.documents]
+    encoded = [chunk.encoded for chunk in chunks]
+    documents = [ids for chunk in encoded for ids in np.split(chunk.tokens, np.cumsum(chunk.lengths)[:-1])]
+    texts = [tokenizer.decode(document) for document in documents]
     assert texts == [str(number) for number in range(20 * MAX_RECORDS["text"])] * 2
     ends = [chunk.end for chunk in chunks]
     assert ends == sorted(ends)
@@ -82,7 +85,7 @@ def test_an_error_of_the_input_comes_after_what_was_read_before(
     files = [numbered, few, few]
     plan = PartPlan(files, [numbered.stat().st_size, few.stat().st_size, 1], 1 << 30)
     chunks = encode_records(settings, plan.read("text", USUAL, [0]), num_workers)
-    before = [len(next(chunks).encoded.documents) for _ in range(21)]
+    before = [next(chunks).encoded.num_documents for _ in range(21)]
     assert sum(before) == 20 * MAX_RECORDS["text"] + 3
     with pytest.raises(DataError, match=r"few\.jsonl had 1 bytes and has 42: it is changing"):
         next(chunks)

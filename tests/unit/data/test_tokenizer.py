@@ -5,9 +5,12 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from pydoc_data.topics import topics
 
+import numpy as np
 import pytest
-from hypothesis import given
+import sentencepiece
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_kosmos.data.errors import DataError
@@ -27,6 +30,7 @@ def test_special_tokens_are_where_prompt_says(tokenizer: KosmosTokenizer) -> Non
     assert tokenizer.vocab_size == 400
 
 
+@settings(deadline=None)
 @given(text=texts)
 def test_every_text_decodes_to_itself(tokenizer: KosmosTokenizer, text: str) -> None:
     ids = tokenizer.encode(text)
@@ -37,6 +41,25 @@ def test_every_text_decodes_to_itself(tokenizer: KosmosTokenizer, text: str) -> 
 @pytest.mark.parametrize("text", [MULTILINGUAL, "", " ", "\n", "a  b", " lead", "trail ", "\n\n x"])
 def test_white_space_and_other_scripts_survive(tokenizer: KosmosTokenizer, text: str) -> None:
     assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+@pytest.mark.parametrize("newlines", ["line", "collapse"])
+def test_many_texts_at_once_are_encoded_as_sentencepiece_does_line_by_line(
+    tokenizer: KosmosTokenizer, newlines: str
+) -> None:
+    settings = tokenizer.settings.model_copy(update={"newlines": newlines})
+    ours = KosmosTokenizer(tokenizer._model, settings, "test")
+    pieces = sentencepiece.SentencePieceProcessor(model_proto=tokenizer._model)
+    texts = [MULTILINGUAL, "", "\n", "the same\n\nthe same\n", "the same", *list(topics.values())[:3]]
+    expected = []
+    for text in texts:
+        lines = text.split("\n") if newlines == "line" else [text.replace("\n", " ")]
+        ids = [number for line in lines for number in [*pieces.encode(line), 6]][:-1]
+        expected.append(ids)
+    ids, lengths = ours.encode_all(texts)
+    assert [part.tolist() for part in np.split(ids, np.cumsum(lengths)[:-1])] == expected
+    assert [ours.encode(text) for text in texts] == expected
+    assert [part.tolist() for part in ours.encode_all([])] == [[], []]
 
 
 def test_special_tokens_in_a_text_stay_text(tokenizer: KosmosTokenizer) -> None:

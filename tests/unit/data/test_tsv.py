@@ -48,7 +48,7 @@ def test_addresses_are_not_fetched(write_lines: WriteLines, tokenizer_folder: Pa
     for filters, num_bad, dropped in ((Filters(), 1, {}), (Filters(drop_unusable_images=True), 0, {"remote_image": 1})):
         encoder = Encoder(EncoderSettings("caption", tokenizer_folder, filters, RowFormat(), USUAL))
         chunk = encoder.encode_chunk(records)
-        assert (len(chunk.bad), chunk.dropped_images, chunk.documents) == (num_bad, dropped, [])
+        assert (len(chunk.bad), chunk.dropped_images, chunk.num_documents) == (num_bad, dropped, 0)
         for problem in chunk.bad:
             assert problem.reason == "remote_image"
             assert "is an address, not a picture on this machine" in problem.detail
