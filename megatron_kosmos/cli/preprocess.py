@@ -16,6 +16,7 @@ from megatron_kosmos.prompt import SourceKind
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from megatron_kosmos.data.filters import Filters
     from megatron_kosmos.data.manifest import Manifest
     from megatron_kosmos.data.preprocess import Preparation
 
@@ -116,6 +117,23 @@ def preprocess(  # noqa: PLR0913 - a command's parameters are its options
     drop_duplicate_images: Annotated[
         bool, typer.Option("--drop-duplicate-images", help="Filter: keep the first of equal pictures.")
     ] = False,
+    min_characters: Annotated[int | None, typer.Option(min=1, help="text: drop documents with fewer.")] = None,
+    max_characters: Annotated[int | None, typer.Option(min=1, help="text: drop documents with more.")] = None,
+    min_alphabetic_words: Annotated[
+        float | None,
+        typer.Option(min=0, max=1, help="text: drop documents in which a smaller share of words has letters."),
+    ] = None,
+    max_duplicate_lines: Annotated[
+        float | None,
+        typer.Option(min=0, max=1, help="text: drop documents in which a larger share of lines is repeated."),
+    ] = None,
+    text_hook: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PACKAGE.MODULE:FUNCTION",
+            help="text: a function of yours from str to str, the text to take instead, or None, to drop the document.",
+        ),
+    ] = None,
     max_shard_megabytes: Annotated[int, typer.Option(min=1, help="Size at which a picture shard is full.")] = 1024,
     part_megabytes: Annotated[
         int | None,
@@ -127,19 +145,12 @@ def preprocess(  # noqa: PLR0913 - a command's parameters are its options
     ] = None,
     overwrite: Overwrite = False,
 ) -> None:
-    from megatron_kosmos.data.filters import Filters
     from megatron_kosmos.data.input_format import InputFormat
     from megatron_kosmos.data.preprocess import Preparation
     from megatron_kosmos.data.row_format import RowFormat
 
-    preparation = Preparation(
-        kind=KINDS[context.info_name or ""],
-        inputs=(*inputs, *(more_inputs or ())),
-        output=output,
-        tokenizer=tokenizer,
-        num_workers=workers,
-        strict=strict,
-        filters=Filters(
+    with _told_in_short():
+        filters = _filters(
             max_images=max_images,
             halve_single_image=halve_single_image,
             min_image_side=min_image_side,
@@ -147,7 +158,20 @@ def preprocess(  # noqa: PLR0913 - a command's parameters are its options
             drop_unusable_images=drop_unusable_images,
             drop_duplicate_documents=drop_duplicate_documents,
             drop_duplicate_images=drop_duplicate_images,
-        ),
+            min_characters=min_characters,
+            max_characters=max_characters,
+            min_alphabetic_words=min_alphabetic_words,
+            max_duplicate_lines=max_duplicate_lines,
+            text_hook=text_hook,
+        )
+    preparation = Preparation(
+        kind=KINDS[context.info_name or ""],
+        inputs=(*inputs, *(more_inputs or ())),
+        output=output,
+        tokenizer=tokenizer,
+        num_workers=workers,
+        strict=strict,
+        filters=filters,
         row_format=RowFormat(sequence_length=sequence_length, num_latents=num_latents),
         input_format=InputFormat(
             text_field=text_field,
@@ -163,6 +187,22 @@ def preprocess(  # noqa: PLR0913 - a command's parameters are its options
         raise typer.BadParameter(f"--shard-index {shard_index} is not below --num-shards {num_shards or 1}")
     with _told_in_short():
         _run(preparation, shard_index, num_shards)
+
+
+def _filters(*, text_hook: str | None, **options: "int | float | bool | None") -> "Filters":
+    """Return the filters. Raises DataError for a hook that is not to be had and for options that leave no text."""
+    from pydantic import ValidationError
+
+    from megatron_kosmos.data.errors import DataError
+    from megatron_kosmos.data.filters import Filters
+    from megatron_kosmos.data.text_filters import describe_hook
+
+    try:
+        if text_hook is not None:
+            sys.path.insert(0, str(Path.cwd()))  # where a hook of one's own lies; workers get the path, too
+        return Filters.model_validate(options | {"text_hook": text_hook and describe_hook(text_hook)})
+    except ValidationError as error:
+        raise DataError(error.errors()[0]["msg"].removeprefix("Value error, ")) from error
 
 
 def merge(output: Output, overwrite: Overwrite = False) -> None:

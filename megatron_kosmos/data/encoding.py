@@ -23,6 +23,7 @@ from megatron_kosmos.data.input_format import USUAL, InputFormat
 from megatron_kosmos.data.readers.records import RawRecord
 from megatron_kosmos.data.row_format import RowFormat
 from megatron_kosmos.data.tables import content_digest, hash_column
+from megatron_kosmos.data.text_filters import TextFilter
 from megatron_kosmos.data.tokenizer import KosmosTokenizer
 from megatron_kosmos.prompt import SourceKind
 
@@ -97,6 +98,7 @@ class Encoder:
         self.input_format = settings.input_format
         self.tokenizer = KosmosTokenizer.load(settings.tokenizer)
         self._dtype = token_dtype(self.tokenizer.vocab_size)
+        self._text_filter = TextFilter(settings.filters) if settings.filters.only_for_text() else None
 
     def encode_chunk(self, records: Sequence[RawRecord]) -> EncodedChunk:
         """Return `records` encoded in order; bad ones are accounted for, not raised."""
@@ -123,7 +125,8 @@ class Encoder:
 
     def _choose_text(self, record: RawRecord, chunk: EncodedChunk) -> tuple[str]:
         """Return the text of a record. Raises BadDocument and LeftOut."""
-        return (parse_text(record, self.input_format),)
+        text = parse_text(record, self.input_format)
+        return (text if self._text_filter is None else self._text_filter.choose(text, lambda: record.origin),)
 
     def _choose(self, record: RawRecord, chunk: EncodedChunk) -> Sequence[str | _CheckedImage]:
         """Return the parts of a record that stay; `chunk` counts the others. Raises BadDocument and LeftOut."""

@@ -64,6 +64,8 @@ class Preparation:
         """Return what the corpus will depend on. Raises DataError for inputs or a tokenizer that cannot be used."""
         for file in self.inputs:
             check_input(self.kind, file)
+        if self.kind != "text" and (only_for_text := self.filters.only_for_text()):
+            raise DataError(f"{', '.join(only_for_text)}: for text documents only, not for {self.kind} ones")
         tokenizer = KosmosTokenizer.load(self.tokenizer)
         return Job(
             kind=self.kind,
