@@ -57,7 +57,7 @@ def import_fast(file: Path, bos_is_eos: bool) -> KosmosTokenizer:
 
     Which tokens are `</s>`, `<s>`, `<pad>` and `<unk>` says the `tokenizer_config.json` beside it, or their names;
     `<pad>` and `<unk>` get ids of their own where they would share that of `</s>`. Raises DataError when there is no
-    `</s>`, when a file is damaged, or when a text can be encoded as a special token.
+    `</s>`, when a file is damaged, when ids cannot be decoded, or when a text can be encoded as a special token.
     """
     load_fast(file.read_bytes(), str(file))
     content = {"added_tokens": [], "decoder": None} | json.loads(file.read_bytes())  # what the library can do without
@@ -147,7 +147,16 @@ def _check(content: dict[str, Any], special: dict[str, int], unk: str, origin: s
     if moved:
         raise DataError(f"{origin}: the tokenizers library gives {', '.join(moved)} other ids than the file says")
     model = content["model"]
-    if '"ByteLevel"' in json.dumps(content["decoder"]) and (missing := set(BYTES) - set(model["vocab"])):
+    writes_bytes, reads_bytes = (
+        '"ByteLevel"' in json.dumps(content.get(part)) for part in ("pre_tokenizer", "decoder")
+    )
+    if writes_bytes and not reads_bytes:
+        raise DataError(
+            f"{origin} writes text as bytes (its pre_tokenizer is ByteLevel), but its decoder is "
+            f"{json.dumps(content['decoder'])}, which cannot read them back; if that is an oversight, let it be "
+            f'"decoder": {{"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": false, "use_regex": false}}'
+        )
+    if reads_bytes and (missing := set(BYTES) - set(model["vocab"])):
         raise DataError(f"{origin} lacks {len(missing)} of the 256 bytes: text with them would vanish")
     written = set(_written_by(tokenizer, model, special)) - {unk}
     if written:

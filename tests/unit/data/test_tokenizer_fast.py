@@ -191,10 +191,28 @@ def test_a_damaged_file_beside_it_is_named(sources: dict[str, Path], tmp_path: P
 
 def test_what_the_library_can_do_without_may_be_missing(sources: dict[str, Path], tmp_path: Path) -> None:
     def leave_out(content: dict[str, Any]) -> None:
-        del content["added_tokens"], content["decoder"]
+        del content["added_tokens"]
 
     ours = import_tokenizer(changed(sources["falcon"], tmp_path, leave_out, {"eos_token": {"lstrip": False}}))
     assert ours.encode("abc") == import_tokenizer(sources["falcon"]).encode("abc")
+
+    words = Tokenizer(models.WordLevel({"two": 0, "words": 1, "<unk>": 2}, unk_token="<unk>"))
+    words.add_special_tokens(["</s>"])
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    words.save(str(tmp_path / "tokenizer.json"))
+    ours = import_tokenizer(changed(tmp_path / "tokenizer.json", tmp_path, lambda content: content.pop("decoder")))
+    assert ours.decode(ours.encode("two words")) == "two words"
+
+
+@pytest.mark.parametrize("decoder", [None, {"type": "Fuse"}])
+def test_bytes_without_what_reads_them_back_are_refused(
+    sources: dict[str, Path], tmp_path: Path, decoder: dict[str, str] | None
+) -> None:
+    for kind in ("falcon", "gpt2"):
+        with pytest.raises(
+            DataError, match=r"its pre_tokenizer is ByteLevel\), but its decoder is .* cannot read them"
+        ):
+            import_tokenizer(changed(sources[kind], tmp_path, lambda content: content.update(decoder=decoder)))
 
 
 def test_added_tokens_that_are_text_stay_text(sources: dict[str, Path], tmp_path: Path) -> None:
