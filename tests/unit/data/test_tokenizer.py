@@ -54,8 +54,7 @@ def test_many_texts_at_once_are_encoded_as_sentencepiece_does_line_by_line(
     expected = []
     for text in texts:
         lines = text.split("\n") if newlines == "line" else [text.replace("\n", " ")]
-        ids = [number for line in lines for number in [*pieces.encode(line), 6]][:-1]
-        expected.append(ids)
+        expected.append([number for line in lines for number in [*pieces.encode(line), 6]][:-1])
     ids, lengths = ours.encode_all(texts)
     assert [part.tolist() for part in np.split(ids, np.cumsum(lengths)[:-1])] == expected
     assert [ours.encode(text) for text in texts] == expected

@@ -43,9 +43,11 @@ AWKWARD = {
 @cache
 def languages() -> dict[str, str]:
     """Return the beginning of what is translated, by language."""
-    (package,) = find_spec("django").submodule_search_locations or ()  # type: ignore[union-attr]
+    package = find_spec("django")
+    assert package is not None
+    assert package.origin is not None
     texts = {}
-    for file in sorted(Path(package).glob("conf/locale/*/LC_MESSAGES/django.po")):
+    for file in sorted(Path(package.origin).parent.glob("conf/locale/*/LC_MESSAGES/django.po")):
         catalogue = file.read_text(encoding="utf-8")
         translated = [entry.partition('\nmsgstr "')[2] for entry in catalogue.split("\n\n")[1:]]
         texts[file.parts[-3]] = "\n".join(filter(None, translated))[:CHARACTERS_OF_A_LANGUAGE]
