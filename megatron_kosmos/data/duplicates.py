@@ -64,7 +64,7 @@ class Unique:
 def first_occurrences(hashes: Uint64Array, among: BoolArray) -> BoolArray:
     """Return whether each of `hashes` [N, 2] is the first of its kind among those that `among` [N] admits: [N]."""
     first = np.zeros(len(hashes), dtype=np.bool_)
-    buckets = (hashes[:, 0] % BUCKETS).astype(np.uint8)
+    buckets = hashes[:, 0].astype(np.uint8) % BUCKETS  # of the lowest byte: without a copy of the column
     for bucket in range(BUCKETS):
         rows = np.flatnonzero((buckets == bucket) & among)
         rows = rows[np.lexsort(hashes[rows].T)]  # stable: equal hashes stay in the order of the corpus

@@ -12,7 +12,8 @@ from pyarrow import parquet
 
 from megatron_kosmos.prompt import SourceKind
 
-PART_BYTES = 1500
+PART_BYTES: dict[SourceKind, int] = {"text": 1500, "caption": 4000, "interleaved": 1500}
+"""Each kind comes in about seven parts."""
 NUM_PICTURES = 12
 Picture = Callable[..., bytes]
 

@@ -101,67 +101,82 @@ def test_a_killed_preparation_is_finished_by_the_next(interruption: Interruption
     interruption.test([moment], lambda: prepare(interruption.wanted))
 
 
+NUM_STRIPES = 20
+"""The moments are dealt out to so many tests, each of a few minutes."""
+
+
 @pytest.mark.nightly
-@pytest.mark.timeout(1800)
-def test_every_moment_between_two_file_operations(interruption: Interruption) -> None:
+@pytest.mark.parametrize("stripe", range(NUM_STRIPES))
+def test_every_moment_between_two_file_operations(interruption: Interruption, stripe: int) -> None:
     assert interruption.num_events > 100
-    for moment in range(interruption.num_events):
+    for moment in range(stripe, interruption.num_events, NUM_STRIPES):
         interruption.test([moment], lambda: prepare(interruption.wanted))
-    draw = random.Random(0)
-    for _ in range(50):  # a process that cleans up is killed as well
-        moments = [draw.randrange(20), draw.randrange(20), draw.randrange(10)]
-        interruption.test(moments, lambda: prepare(interruption.wanted))
+    draw = random.Random(stripe)
+    moments = [draw.randrange(20), draw.randrange(20), draw.randrange(10)]
+    interruption.test(moments, lambda: prepare(interruption.wanted))  # one that cleans up is killed as well
 
 
 @pytest.mark.nightly
-@pytest.mark.timeout(1800)
-def test_every_moment_of_a_merge(interruption: Interruption) -> None:
-    def work() -> None:
-        if not (interruption.folder / "shards are done").exists():
-            for shard in range(3):
-                prepare_shard(interruption.wanted, shard, 3)
-            (interruption.folder / "shards are done").touch()
-        merge(interruption.wanted.output, overwrite=True)
-        (interruption.folder / "shards are done").unlink()
-
-    for moment in range(interruption.num_events_of_parts, interruption.num_events):
-        interruption.test([moment], work)
+@pytest.mark.parametrize("stripe", range(NUM_STRIPES))
+def test_every_moment_of_a_merge(interruption: Interruption, stripe: int) -> None:
+    wanted = interruption.wanted
+    moments = range(interruption.num_events - interruption.num_events_of_parts)
+    for moment in moments[stripe::NUM_STRIPES]:
+        interruption.start_again()
+        for shard in range(3):
+            prepare_shard(wanted, shard, 3)
+        run_in_process(lambda: merge(wanted.output, overwrite=True), interruption.folder, moment)
+        merge(wanted.output, overwrite=True)
+        assert files_in(interruption.folder) == interruption.expected
 
 
 COMMANDS: dict[SourceKind, str] = {"text": "text", "caption": "captions"}
 
 
+class Command:
+    """The command on many files, and what it writes when it is left alone."""
+
+    def __init__(self, folder: Path, kind: SourceKind, tokenizer: Path, picture: Callable[..., bytes]) -> None:
+        inputs = [str(file) for file in make_inputs(folder / "in", kind, picture)]
+        self._command = [sys.executable, "tools/preprocess_data.py", COMMANDS[kind], "--tokenizer", str(tokenizer)]
+        self._command += ["--workers", "2", "--part-megabytes", "1", "--drop-duplicate-documents", "--input"]
+        self._command += inputs * (400 if kind == "text" else 100)
+        began = time.monotonic()
+        assert self.start(folder / "expected").wait() == 0
+        self.seconds = time.monotonic() - began
+        self.expected = files_in(folder / "expected")
+
+    def start(self, folder: Path) -> subprocess.Popen[bytes]:
+        """Run it."""
+        return subprocess.Popen([*self._command, "--output", str(folder / "corpus")], cwd=ROOT)
+
+
+@pytest.fixture(scope="module", params=COMMANDS)
+def command(
+    request: pytest.FixtureRequest,
+    tmp_path_factory: pytest.TempPathFactory,
+    tokenizer_folder: Path,
+    picture: Callable[..., bytes],
+) -> Command:
+    return Command(tmp_path_factory.mktemp(request.param), request.param, tokenizer_folder, picture)
+
+
 @pytest.mark.nightly
-@pytest.mark.timeout(3600)
-@pytest.mark.parametrize("kind", COMMANDS)
-def test_25_kills_of_the_command_at_random_times(
-    kind: SourceKind, tmp_path: Path, tokenizer_folder: Path, picture: Callable[..., bytes]
-) -> None:
-    inputs = make_inputs(tmp_path / "in", kind, picture)
-    many = [str(file) for file in inputs] * (400 if kind == "text" else 100)
-    tool = [sys.executable, "tools/preprocess_data.py", COMMANDS[kind], "--tokenizer", str(tokenizer_folder)]
-    options = ["--workers", "2", "--part-megabytes", "1", "--drop-duplicate-documents"]
-
-    def start(name: str) -> subprocess.Popen[bytes]:
-        output = tmp_path / name / "corpus"
-        return subprocess.Popen([*tool, *options, "--output", str(output), "--input", *many], cwd=ROOT)
-
-    began = time.monotonic()
-    assert start("expected").wait() == 0
-    seconds = time.monotonic() - began
-    expected = files_in(tmp_path / "expected")
+@pytest.mark.parametrize("attempt", range(5))
+def test_five_kills_of_the_command_at_random_times(command: Command, tmp_path: Path, attempt: int) -> None:
+    """Fifty in all: five in five tests of two kinds."""
     draw, kills = random.Random(), 0
-    while kills < 25:
-        process = start("out")
+    while kills < 5:
+        process = command.start(tmp_path / "out")
         try:
-            process.wait(draw.uniform(0, seconds))
+            process.wait(draw.uniform(0, command.seconds))
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
             kills += 1
         else:
             assert process.returncode == 0
-            assert files_in(tmp_path / "out") == expected
+            assert files_in(tmp_path / "out") == command.expected
             subprocess.run(["rm", "-rf", tmp_path / "out"], check=True)
-    assert start("out").wait() == 0
-    assert files_in(tmp_path / "out") == expected
+    assert command.start(tmp_path / "out").wait() == 0
+    assert files_in(tmp_path / "out") == command.expected

@@ -29,7 +29,7 @@ def make(tmp_path: Path, tokenizer_folder: Path, picture: Callable[..., bytes]) 
 
     def preparation(kind: SourceKind, name: str, **settings: Any) -> Preparation:
         inputs = make_inputs(tmp_path / "in", kind, picture)
-        chosen = {"max_shard_bytes": 4000, "part_bytes": PART_BYTES, **settings}
+        chosen = {"max_shard_bytes": 10_000, "part_bytes": PART_BYTES[kind], **settings}
         return Preparation(kind, inputs, tmp_path / name / "corpus", tokenizer_folder, **chosen)
 
     return preparation
@@ -88,7 +88,10 @@ def test_a_rerun_does_only_what_is_missing(make: Make) -> None:
     prepare_shard(wanted, 0, 1, lambda *counts: progress.append(counts))
     assert {path: path.stat().st_ino for path in kept} == kept
     total = sum(file.stat().st_size for file in wanted.inputs)
-    assert progress[num_parts // 2 - 1][:2] == (num_parts // 2 * PART_BYTES, total)  # what was done counts at once
+    assert progress[num_parts // 2 - 1][:2] == (
+        num_parts // 2 * PART_BYTES["caption"],
+        total,
+    )  # what was done counts at once
     assert [done for done, _, _ in progress] == sorted(done for done, _, _ in progress)
     assert progress[-1] == (total, total, merge(wanted.output).documents)
 
@@ -103,7 +106,7 @@ def test_a_rerun_does_only_what_is_missing(make: Make) -> None:
     "changes, difference",
     [
         ({"filters": Filters(max_images=1)}, "settings.filters.max_images was None, is 1"),
-        ({"max_shard_bytes": 9}, "settings.max_shard_bytes was 4000, is 9"),
+        ({"max_shard_bytes": 9}, "settings.max_shard_bytes was 10000, is 9"),
         ({"part_bytes": 777}, "settings.part_bytes was 1500, is 777"),
         ({"kind": "interleaved"}, "kind was 'text', is 'interleaved'"),
     ],
