@@ -2,17 +2,20 @@
 
 import io
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 from megatron_kosmos.data.readers.records import MAX_RECORD_BYTES, DamagedFile, RawRecord, too_large
+
+if TYPE_CHECKING:
+    from _typeshed import WriteableBuffer
 
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 BUFFER_BYTES = 1 << 20
 DECOMPRESSED_BYTES = 1 << 16
-"""What is decompressed at once, and lost where a file is cut."""
+"""What is decompressed at once."""
 
 
 @lru_cache(maxsize=1024)  # asked for every record
@@ -58,12 +61,56 @@ def _open(file: Path) -> Iterator[tuple[BinaryIO, BinaryIO]]:
     with file.open("rb", buffering=BUFFER_BYTES) as plain:
         if file.suffix not in COMPRESSIONS:
             yield plain, plain
-            return
-        import pyarrow  # here, since processes that read nothing compressed need not load it
+        else:
+            yield io.BufferedReader(_Decompressed(file, plain), DECOMPRESSED_BYTES), plain
 
-        # Unlike the decompressors of Python's gzip and of zstandard, it takes a cut file of either kind for an error.
-        source = pyarrow.CompressedInputStream(pyarrow.PythonFile(plain, mode="r"), COMPRESSIONS[file.suffix])
-        yield io.BufferedReader(source, DECOMPRESSED_BYTES), plain
+
+class _Decompressed(io.RawIOBase):
+    """What a compressed file holds, to the last byte before the place where it is cut or damaged."""
+
+    def __init__(self, file: Path, plain: BinaryIO) -> None:
+        self._file = file
+        self._source = _decompress(file, plain)
+        self._num_read = 0
+        self._damage: OSError | None = None
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: "WriteableBuffer") -> int:
+        """Fill `buffer` from its beginning; return the number of bytes. Raises OSError where there are none left."""
+        if self._damage is not None:
+            raise self._damage
+        view = memoryview(buffer).cast("B")
+        try:
+            data = self._source.read(len(view))
+        except OSError as damage:
+            self._damage = damage
+            data = self._read_up_to_damage(len(view))
+            if not data:
+                raise
+        view[: len(data)] = data
+        self._num_read += len(data)
+        return len(data)
+
+    def _read_up_to_damage(self, limit: int) -> bytes:
+        """Return what can be read of the next `limit` bytes: from the beginning again, and then byte by byte."""
+        data, before = bytearray(), self._num_read
+        with self._file.open("rb") as plain, suppress(OSError):
+            source = _decompress(self._file, plain)
+            while before:
+                before -= len(source.read(min(BUFFER_BYTES, before)))
+            while len(data) < limit and (byte := source.read(1)):
+                data += byte
+        return bytes(data)
+
+
+def _decompress(file: Path, plain: BinaryIO) -> BinaryIO:
+    import pyarrow  # here, since processes that read nothing compressed need not load it
+
+    # Unlike the decompressors of Python's gzip and of zstandard, it takes a cut file of either kind for an error.
+    source: BinaryIO = pyarrow.CompressedInputStream(pyarrow.PythonFile(plain, mode="r"), COMPRESSIONS[file.suffix])
+    return source
 
 
 def _skip_line(stream: BinaryIO, piece: bytes) -> int:

@@ -2,6 +2,7 @@
 
 import json
 import random
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -45,6 +46,38 @@ def test_a_whole_file(compress: Compress, tmp_path: Path, suffix: str) -> None:
     file = tmp_path / f"a.txt{suffix}"
     file.write_bytes(compress("ein\n\nText €\n".encode(), suffix))
     assert list(read_texts(file)) == ["ein\n\nText €\n"]
+
+
+def decompress_gzip(data: bytes) -> bytes:
+    """Return what zlib makes of a cut file: its members to the last byte."""
+    whole = b""
+    while data:
+        member = zlib.decompressobj(wbits=31)
+        whole += member.decompress(data)
+        data = member.unused_data
+    return whole
+
+
+@pytest.mark.parametrize("cut", [1, 8, 20, 1000, 300_000, 500_000])
+def test_every_whole_line_before_a_cut(compress: Compress, tmp_path: Path, cut: int) -> None:
+    file = tmp_path / "cut.jsonl.gz"
+    file.write_bytes(compress(lines_of(1000), ".gz")[:-cut])
+    *whole, damage = read_records("text", file)
+    content = decompress_gzip(file.read_bytes())
+    assert (
+        b"".join(record.content for record in whole if isinstance(record.content, bytes))
+        == content[: content.rfind(b"\n") + 1]
+    )
+    assert damage.place == str(len(whole) + 1)
+
+
+def test_zstandard_up_to_the_last_block(compress: Compress, tmp_path: Path) -> None:
+    """A block, of 128 KiB, is what it decompresses as a whole."""
+    file = tmp_path / "cut.jsonl.zst"
+    file.write_bytes(compress(lines_of(1000), ".zst")[:-1])
+    *whole, _ = read_records("text", file)
+    num_bytes = sum(len(record.content) for record in whole if isinstance(record.content, bytes))
+    assert num_bytes > len(lines_of(1000)) - (128 << 10) - 1100
 
 
 @pytest.mark.parametrize("suffix", COMPRESSED)
