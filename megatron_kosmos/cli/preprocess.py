@@ -57,8 +57,8 @@ def preprocess(  # noqa: PLR0913 - a command's parameters are its options
             "--input",
             help='text: .jsonl {"text": …}, .txt, .parquet. captions: webdataset and img2dataset .tar; .jsonl, '
             '.parquet {"image": PATH or bytes, "caption": …}; .tsv CAPTION<tab>PATH. interleaved: .jsonl {"parts": '
-            '[{"text": …}, {"image": PATH}, …]}; MMC4 .jsonl; OBELICS .parquet or .jsonl; .html. All but .tar and '
-            ".parquet also with .gz or .zst behind.",
+            '[{"text": …}, {"image": PATH}, …]}; .jsonl, .parquet {"text": "… <image> …", "images": [PATH, …]}; MMC4 '
+            ".jsonl; OBELICS .parquet or .jsonl; .html. All but .tar and .parquet also with .gz or .zst behind.",
         ),
     ],
     output: Output,
@@ -92,7 +92,10 @@ def preprocess(  # noqa: PLR0913 - a command's parameters are its options
     ] = "caption",
     image_folder: Annotated[
         Path | None,
-        typer.Option(help="Folder where relative paths of pictures start.", show_default="that of the input file"),
+        typer.Option(
+            help="Folder where relative paths of pictures start; those of HTML, MMC4 and OBELICS may not leave it.",
+            show_default="that of the input file",
+        ),
     ] = None,
     sequence_length: Annotated[int, typer.Option(min=1, help="T: a document's pictures must fit it together.")] = 2048,
     num_latents: Annotated[int, typer.Option(min=1, help="L: tokens that a picture takes beside its markers.")] = 64,

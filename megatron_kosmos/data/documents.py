@@ -5,10 +5,12 @@ Reading has two steps, so that worker processes can share the second: `read_reco
 """
 
 import base64
+import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from stat import S_ISREG
 from urllib.parse import unquote, unquote_to_bytes, urlsplit
 
 from pydantic import ValidationError
@@ -19,9 +21,17 @@ from megatron_kosmos.data.errors import BadDocument, DataError, MissingImage
 from megatron_kosmos.data.html_pages import MAX_PAGE_BYTES, PictureSource, parse_page
 from megatron_kosmos.data.img2dataset import IMAGE_EXTENSIONS, failed_downloads, with_picture
 from megatron_kosmos.data.input_format import USUAL, InputFormat
-from megatron_kosmos.data.layouts import Fields, Picture, error_place, lay_out, read_caption
+from megatron_kosmos.data.layouts import MISMATCH, Fields, Picture, WebPicture, error_place, lay_out, read_caption
 from megatron_kosmos.data.readers.parquet import read_rows
-from megatron_kosmos.data.readers.records import DamagedFile, RawRecord, Row, Sample, Unreadable
+from megatron_kosmos.data.readers.records import (
+    MAX_RECORD_BYTES,
+    DamagedFile,
+    RawRecord,
+    Row,
+    Sample,
+    Unreadable,
+    too_large,
+)
 from megatron_kosmos.data.readers.streams import format_suffix, read_lines, read_whole
 from megatron_kosmos.data.readers.tars import read_tar
 from megatron_kosmos.prompt import SourceKind
@@ -36,6 +46,8 @@ JSON_LINES = (".jsonl", ".json")
 CONTAINERS = (".tar", ".parquet")
 """Those that have no .gz or .zst behind their suffix."""
 TEXT_EXTENSIONS = ("txt", "json")
+REASONS = {"json_invalid": "invalid_json", MISMATCH: MISMATCH}
+"""What bad documents count as whose fields have these errors; others have wrong fields."""
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 
 
@@ -44,24 +56,37 @@ class ImageReference:
     """A picture of a document: a file, bytes that came with the document, or None for one that is elsewhere."""
 
     name: str
-    source: Path | bytes | None
+    source: Path | bytes | MissingImage | None
+    """An error stands for a picture that may not be read."""
 
     def read(self) -> bytes:
         """Return the encoded picture. Raises MissingImage when it cannot be read."""
         if isinstance(self.source, bytes):
             return self.source
+        if isinstance(self.source, MissingImage):
+            raise self.source
         if self.source is None:
             raise MissingImage(
                 "remote_image",
                 f"{self.name} is an address, not a picture on this machine: download the pictures first, with"
                 " img2dataset, and prepare what it writes",
             )
-        if not self.source.is_file():
-            raise MissingImage("missing_image", f"there is no picture at {self.source}")
         try:
+            status = self.source.stat()
+            if not S_ISREG(status.st_mode):  # a device or a pipe might never end
+                raise MissingImage("missing_image", f"there is no picture at {self.source}, but something else")
+            if status.st_size > MAX_RECORD_BYTES:
+                problem = too_large(status.st_size, MAX_RECORD_BYTES, f"the picture at {self.source}")
+                raise MissingImage(problem.reason, problem.detail)
             return self.source.read_bytes()
+        except FileNotFoundError as error:
+            raise MissingImage("missing_image", f"there is no picture at {self.source}") from error
         except OSError as error:
             raise MissingImage("missing_image", f"the picture at {self.source}: {error.strerror}") from error
+        except MissingImage:
+            raise
+        except ValueError as error:  # a NUL, or a character that the file system cannot write
+            raise MissingImage("missing_image", f"{self.name!r} is no name of a file: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -75,8 +100,17 @@ class Document:
 
 def check_input(kind: SourceKind, file: Path) -> None:
     """Raise DataError unless `file` exists and its name fits `kind`."""
-    if not file.is_file():
-        raise DataError(f"no input file at {file}")
+    try:
+        str(file).encode()
+        is_file = S_ISREG(file.stat().st_mode)
+    except UnicodeEncodeError as error:  # the manifest, in UTF-8, names it
+        raise DataError(f"{str(file)!r}: the name of an input file should be UTF-8; rename it") from error
+    except OSError as error:
+        raise DataError(f"no input file at {file}: {error.strerror}") from error
+    except ValueError as error:  # a NUL
+        raise DataError(f"no input file at {str(file)!r}: {error}") from error
+    if not is_file:
+        raise DataError(f"no input file at {file}, but a folder, device or pipe")
     suffix, suffixes = format_suffix(file), SUFFIXES[kind]
     if suffix not in suffixes or (suffix in CONTAINERS and file.suffix != suffix):
         legal = [name if name in CONTAINERS else f"{name}[.gz|.zst]" for name in suffixes]
@@ -87,13 +121,15 @@ def read_records(kind: SourceKind, file: Path, names: InputFormat = USUAL) -> It
     """Yield the raw documents of `file` in order: lines, rows, members of a tar, or a whole file.
 
     Lines of white space alone are no documents. A damaged file ends with a record that says so. Raises DataError for a
-    file of another kind or without the fields that are needed.
+    file of another kind, without the fields that are needed, or that cannot be opened.
     """
     check_input(kind, file)
     try:
         yield from _read(kind, file, names)
     except DamagedFile as damage:
         yield RawRecord(damage.file, damage.place, Unreadable("damaged_file", damage.detail), file.stat().st_size)
+    except OSError as error:
+        raise DataError(f"{error.filename or file} cannot be opened: {error.strerror or error}") from error
 
 
 def parse_record(kind: SourceKind, record: RawRecord, names: InputFormat = USUAL) -> Document:
@@ -209,8 +245,23 @@ class _RecordParser:
         name = picture.path or ""
         if _URL.match(name):
             return ImageReference(name, None)
-        folder = self._names.image_folder or self._record.file.parent
-        return ImageReference(name, folder / name)
+        if isinstance(picture, WebPicture):
+            return self._refer_below(self._folder, name)
+        return ImageReference(name, self._folder / name)
+
+    @property
+    def _folder(self) -> Path:
+        return self._names.image_folder or self._record.file.parent
+
+    def _refer_below(self, base: Path, name: str) -> ImageReference:
+        """Return the picture `name`, seen from `base`, unless it leads out of the folder of pictures."""
+        path, folder = Path(os.path.abspath(base / name)), os.path.abspath(self._folder)
+        if not path.is_relative_to(folder):
+            detail = (
+                f"{name} leads out of {self._folder}; a web page gets pictures of this folder only (--image-folder)"
+            )
+            return ImageReference(name, MissingImage("missing_image", detail))
+        return ImageReference(name, path)
 
     def _refer_to_source(self, source: str) -> ImageReference:
         """Return the picture of an `<img src>`: a path in an address's notation, an address, or data."""
@@ -224,7 +275,12 @@ class _RecordParser:
             raise self._bad("wrong_fields", f"src of an image: {error}") from error
         if address.scheme or address.netloc:
             return ImageReference(source, None)
-        return self._refer(Picture(path=unquote(address.path).lstrip("/")))
+        # As in a browser, with the folder of pictures as the root of the site.
+        path, page_folder = unquote(address.path), self._record.file.parent
+        is_in_site = Path(os.path.abspath(page_folder)).is_relative_to(os.path.abspath(self._folder))
+        return self._refer_below(
+            page_folder if is_in_site and not path.startswith("/") else self._folder, path.lstrip("/")
+        )
 
     def _decode(self, content: bytes) -> str:
         try:
@@ -239,7 +295,7 @@ class _RecordParser:
     def _bad_fields(self, error: ValidationError) -> BadDocument:
         kind, field, message = error_place(error)
         message = message.replace("at line 1 column", "at column")  # the line of the file is in the origin
-        reason = "invalid_json" if kind == "json_invalid" else "wrong_fields"
+        reason = REASONS.get(kind, "wrong_fields")
         return self._bad(reason, f"{field}: {message}" if field else message)
 
     def _bad(self, reason: str, detail: str) -> BadDocument:

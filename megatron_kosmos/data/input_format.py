@@ -15,7 +15,8 @@ class InputFormat(StrictModel):
     caption_field: str = "caption"
     """Its caption. In a tar, another name than this takes the caption from the .json instead of the .txt."""
     image_folder: Path | None = None
-    """Where relative paths of pictures start; None: at the folder of the input file."""
+    """Where relative paths of pictures start, which those that web pages name may not leave; for HTML, the root of the
+    site. None: the folder of the input file."""
 
 
 USUAL = InputFormat()

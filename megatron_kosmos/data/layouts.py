@@ -1,7 +1,7 @@
 """The layouts of JSON objects and of rows: from named fields to texts and pictures in reading order.
 
-Interleaved documents have ours (`parts`), that of MMC4 (https://github.com/allenai/mmc4) or that of OBELICS
-(arXiv 2306.16527, section 3).
+Interleaved documents have ours (`parts`), that of MMC4 (https://github.com/allenai/mmc4), that of OBELICS
+(arXiv 2306.16527, section 3), or a text with `<image>` where the pictures of a list go, as LLaVA's data have.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -19,13 +19,16 @@ from pydantic import (
     create_model,
     model_validator,
 )
+from pydantic_core import PydanticCustomError
 
 from megatron_kosmos.config.base import StrictModel
 from megatron_kosmos.data.errors import LeftOut
 from megatron_kosmos.data.input_format import InputFormat
-from megatron_kosmos.prompt import SourceKind
+from megatron_kosmos.prompt import IMAGE, SourceKind
 
 T = TypeVar("T")
+MISMATCH = "image_count"
+"""The type of the error that a document with more markers than pictures is, or with fewer."""
 Fields = str | Mapping[str, Any]
 """JSON's text, or values by name."""
 
@@ -55,6 +58,10 @@ class Picture(_Object):
             case {"path": str()} | {"bytes": bytes()} | {"data": bytes()}:
                 return value
         raise ValueError("neither a path nor bytes")
+
+
+class WebPicture(Picture):
+    """One that a web page named: its path may not lead out of the folder of pictures."""
 
 
 class Caption(_Object):
@@ -121,9 +128,9 @@ class _Mmc4(_Object):
 
     def in_order(self) -> Iterator[str | Picture]:
         """Each image goes before the sentence that it matches."""
-        images: dict[int, list[Picture]] = {}
+        images: dict[int, list[WebPicture]] = {}
         for image in self.image_info:
-            picture = Picture(path=image.image_name or image.raw_url)
+            picture = WebPicture(path=image.image_name or image.raw_url)
             images.setdefault(image.matched_text_index, []).append(picture)
         for number, text in enumerate(self.text_list):
             yield from images.get(number, ())
@@ -131,7 +138,7 @@ class _Mmc4(_Object):
 
 
 class _Obelics(_Object):
-    images: list[Picture | None]
+    images: list[WebPicture | None]
     texts: list[str | None]
 
     @model_validator(mode="after")
@@ -152,10 +159,38 @@ class _Obelics(_Object):
                 yield part
 
 
-LAYOUTS = {"parts": ("parts",), "mmc4": ("text_list", "image_info"), "obelics": ("images", "texts")}
+class _Marked(_Object):
+    text: str
+    images: list[Picture]
+
+    @model_validator(mode="after")
+    def _there_is_a_picture_for_each_marker(self) -> "_Marked":
+        num_markers = self.text.count(IMAGE)
+        if num_markers != len(self.images):
+            raise PydanticCustomError(
+                MISMATCH,
+                "text has {num_markers} {marker}, images {num_images} pictures",
+                {"num_markers": num_markers, "marker": IMAGE, "num_images": len(self.images)},
+            )
+        return self
+
+    def in_order(self) -> Iterator[str | Picture]:
+        first, *texts = self.text.split(IMAGE)
+        yield first
+        for image, text in zip(self.images, texts, strict=True):
+            yield image
+            yield text
+
+
+LAYOUTS = {
+    "parts": ("parts",),
+    "mmc4": ("text_list", "image_info"),
+    "obelics": ("images", "texts"),
+    "marked": ("text", "images"),
+}
 """The fields by which the layouts of interleaved documents are told apart."""
 LAYOUT_FIELDS = ", or ".join(" and ".join(fields) for fields in LAYOUTS.values())
-SEPARATORS = {_Parts: "", _Mmc4: " ", _Obelics: "\n\n"}
+SEPARATORS = {_Parts: "", _Mmc4: " ", _Obelics: "\n\n", _Marked: ""}
 """What stands between texts that follow each other: sentences in MMC4, paragraphs in OBELICS."""
 
 
@@ -164,9 +199,12 @@ def _layout(fields: Any) -> str | None:
     return next((name for name, needed in LAYOUTS.items() if set(needed).issubset(found)), None)
 
 
-_INTERLEAVED: TypeAdapter[_Parts | _Mmc4 | _Obelics] = TypeAdapter(
+_INTERLEAVED: TypeAdapter[_Parts | _Mmc4 | _Obelics | _Marked] = TypeAdapter(
     Annotated[
-        Annotated[_Parts, Tag("parts")] | Annotated[_Mmc4, Tag("mmc4")] | Annotated[_Obelics, Tag("obelics")],
+        Annotated[_Parts, Tag("parts")]
+        | Annotated[_Mmc4, Tag("mmc4")]
+        | Annotated[_Obelics, Tag("obelics")]
+        | Annotated[_Marked, Tag("marked")],
         Discriminator(
             _layout,
             custom_error_type="unknown_layout",

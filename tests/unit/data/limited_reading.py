@@ -37,7 +37,8 @@ def read_limited(kind: SourceKind, *files: Path, megabytes: int = 400) -> Outcom
     command = [sys.executable, "-m", __name__, str(megabytes), kind, *map(str, files)]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=SECONDS, check=False)
     assert result.returncode == 0, result.stderr[-2000:]
-    return Outcome(**json.loads(result.stdout))
+    told = json.loads(result.stdout)
+    return Outcome(**told | {"bad": [tuple(problem) for problem in told["bad"]]})
 
 
 def limit_memory(megabytes: int) -> None:

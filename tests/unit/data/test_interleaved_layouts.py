@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,13 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
+from megatron_kosmos.config import CorpusConfig
+from megatron_kosmos.data.corpus import Corpus
 from megatron_kosmos.data.documents import ImageReference, parse_record, read_records
 from megatron_kosmos.data.errors import BadDocument
 from megatron_kosmos.data.input_format import USUAL, InputFormat
+from megatron_kosmos.data.preprocess import Preparation, prepare
+from megatron_kosmos.data.tokenizer import KosmosTokenizer
 
 WriteLines = Callable[[str, Sequence[str]], Path]
 MMC4 = {
@@ -85,6 +90,9 @@ def test_obelics_with_bytes(tmp_path: Path, pair: bool) -> None:
         (MMC4 | {"image_info": [{"matched_text_index": 0}]}, "image_info.0: neither image_name nor raw_url"),
         (MMC4 | {"image_info": "none"}, "image_info: Input should be a valid array"),
         (MMC4 | {"text_list": None}, "text_list: Input should be a valid array"),
+        ({"text": 3, "images": []}, "text: Input should be a valid string"),
+        ({"text": "<image>", "images": "a.png"}, "images: Input should be a valid array"),
+        ({"text": "<image>", "images": [None]}, "images.0: neither a path nor bytes"),
     ],
 )
 def test_records_that_contradict_themselves(write_lines: WriteLines, fields: dict[str, Any], detail: str) -> None:
@@ -93,6 +101,48 @@ def test_records_that_contradict_themselves(write_lines: WriteLines, fields: dic
         parse_record("interleaved", record, USUAL)
     assert caught.value.reason == "wrong_fields"
     assert caught.value.detail.startswith(detail)
+
+
+def test_a_text_with_markers(
+    write_lines: WriteLines, tmp_path: Path, tokenizer_folder: Path, picture: Callable[..., bytes]
+) -> None:
+    """The markers become ids; what stands around them stays as it is, and no `<image>` is left in a text."""
+    text = "<image>\nTwo cats.<image><image> The </image> end\n"
+    document: dict[str, Any] = {"text": text, "images": ["a.png", "b.png", "a.png"], "id": 7}
+    lines, rows = write_lines("a.jsonl", [json.dumps(document)]), tmp_path / "a.parquet"
+    parquet.write_table(pyarrow.Table.from_pylist([document]), rows)
+    with_bytes = tmp_path / "b.parquet"
+    pictures = {name: picture(seed) for seed, name in enumerate(("a.png", "b.png"))}
+    for name, data in pictures.items():
+        (tmp_path / name).write_bytes(data)
+    document["images"] = [{"bytes": pictures[name], "path": name} for name in document["images"]]
+    parquet.write_table(pyarrow.Table.from_pylist([document]), with_bytes)
+    tokenizer = KosmosTokenizer.load(tokenizer_folder)
+    first, last = tokenizer.encode("\nTwo cats."), tokenizer.encode(" The </image> end\n")
+    for file in (lines, rows, with_bytes):
+        output = tmp_path / "out" / file.name
+        prepare(Preparation("interleaved", (file,), output, tokenizer_folder))
+        corpus = Corpus(CorpusConfig(kind="interleaved", prefix=output), tokenizer)
+        assert corpus.tokens(0).tolist() == [1, 4, 5, *first, 4, 5, 4, 5, *last, 2]
+        assert corpus.images is not None
+        assert [corpus.images.read(n) for n in range(3)] == [pictures[name] for name in ("a.png", "b.png", "a.png")]
+    (record,) = read_records("text", lines)
+    assert parse_record("text", record).parts == (text,)
+
+
+@pytest.mark.parametrize("text, num_images", [("a <image> b <image>", 1), ("a <image>", 2), ("a", 1), ("<image>", 0)])
+def test_more_markers_than_pictures_and_the_reverse(
+    write_lines: WriteLines, tokenizer_folder: Path, tmp_path: Path, text: str, num_images: int
+) -> None:
+    lines = [json.dumps({"text": text, "images": ["a.png"] * num_images}), '{"text": "plain", "images": []}']
+    file = write_lines("a.jsonl", lines)
+    wanted = Preparation("interleaved", (file,), tmp_path / "corpus", tokenizer_folder)
+    markers = text.count("<image>")
+    message = rf"a\.jsonl:1: text has {markers} <image>, images {num_images} pictures \[image_count\]"
+    with pytest.raises(BadDocument, match=message):
+        prepare(wanted)
+    manifest = prepare(replace(wanted, on_bad="skip"))
+    assert (manifest.documents, manifest.images, manifest.skipped) == (1, 0, {"image_count": 1})
 
 
 def test_rows_that_contradict_themselves(tmp_path: Path) -> None:
