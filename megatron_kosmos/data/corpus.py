@@ -9,9 +9,9 @@ from numpy.typing import NDArray
 
 from megatron_kosmos.config.data import CorpusConfig, DataConfig
 from megatron_kosmos.data.errors import DataError
-from megatron_kosmos.data.image_store import ImageStore
+from megatron_kosmos.data.image_store import INDEX_SUFFIX, ImageStore
 from megatron_kosmos.data.indexed import IndexedReader
-from megatron_kosmos.data.manifest import read_manifest
+from megatron_kosmos.data.manifest import SUFFIX, path_with, read_manifest
 from megatron_kosmos.data.tokenizer import KosmosTokenizer
 from megatron_kosmos.prompt import SourceKind
 
@@ -37,14 +37,42 @@ class Corpus:
                 f"prepare it again or set data.tokenizer to the tokenizer that it was prepared with"
             )
         self._documents = IndexedReader(config.prefix)
-        self.images = ImageStore(config.prefix) if self.manifest.images else None
-        if self.images is not None and len(self.images.first_images) != len(self._documents) + 1:
-            raise DataError(
-                f"{config.prefix}: the image index has {len(self.images.first_images) - 1} documents, "
-                f"the token index {len(self._documents)}; prepare it again"
-            )
         self.lengths: NDArray[np.int32] = self._documents.lengths
         """Tokens of each document on disk: [D]."""
+        self.images = self._open_images()
+        self._compare_with_manifest()
+
+    def _open_images(self) -> ImageStore | None:
+        """Return the pictures, None where the corpus has none. Raises DataError."""
+        if path_with(self.prefix, INDEX_SUFFIX).name not in self.manifest.files:
+            return None
+        images = ImageStore(self.prefix)
+        if len(images.first_images) != len(self._documents) + 1:
+            raise DataError(
+                f"{self.prefix}: the image index has {len(images.first_images) - 1} documents, "
+                f"the token index {len(self._documents)}; prepare it again"
+            )
+        images.check_positions(self.lengths)
+        return images if images.num_images else None
+
+    def _compare_with_manifest(self) -> None:
+        """Raise DataError unless the manifest counts what the indexes hold."""
+        images = self.images
+        for name, recorded, actual in (
+            ("documents", self.manifest.documents, len(self)),
+            ("tokens", self.manifest.tokens, self._documents.num_tokens),
+            ("images", self.manifest.images, images.num_images if images else 0),
+            (
+                "max_images_per_document",
+                self.manifest.max_images_per_document,
+                images.max_images_per_document if images else 0,
+            ),
+        ):
+            if recorded != actual:
+                raise DataError(
+                    f"{path_with(self.prefix, SUFFIX)} says {name}: {recorded}, the indexes hold {actual}; "
+                    f"prepare the corpus again"
+                )
 
     def __len__(self) -> int:
         """Number of documents."""
@@ -58,8 +86,14 @@ class Corpus:
         return np.diff(self.images.first_images)
 
     def tokens(self, document: int) -> NDArray[Any]:
-        """Return a document's tokens, a view of the file."""
-        return self._documents[document]
+        """Return a document's tokens, a view of the file. Raises DataError for ids that the tokenizer does not have."""
+        tokens = self._documents[document]
+        if not 0 <= tokens.min() <= tokens.max() < self._tokenizer.vocab_size:
+            raise DataError(
+                f"{path_with(self.prefix, '.bin')} is damaged: document {document} has ids outside of the vocabulary "
+                f"of {self._tokenizer.vocab_size}; copy or prepare the corpus again"
+            )
+        return tokens
 
     def images_of(self, document: int) -> range:
         """Return the numbers of a document's pictures."""

@@ -24,6 +24,8 @@ INT32, UINT16 = np.dtype("<i4"), np.dtype("<u2")
 BLOCK = 1 << 20
 """Boundaries of documents that are written at once."""
 TYPE_CODES: dict[int, np.dtype[Any]] = {4: INT32, 8: UINT16}
+CHUNK = 1 << 18
+"""Documents whose entries are checked at a time."""
 
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
@@ -63,11 +65,31 @@ class IndexedReader:
         """Tokens of each document."""
         self._offsets = np.frombuffer(buffer, "<i8", num_documents, HEADER.size + 4 * num_documents)
         documents = np.frombuffer(buffer, "<i8", num_documents + 1, HEADER.size + 12 * num_documents)
-        expected = _index_arrays(self.lengths, self.dtype.itemsize)
-        if self.lengths.min() < 1 or not all(map(np.array_equal, (self._offsets, documents), expected[1:])):
-            raise DataError(f"{idx_path} contradicts itself: lengths, offsets and documents disagree; prepare it again")
-        check_size(bin_path, int(self.lengths.sum(dtype=np.int64)) * self.dtype.itemsize)
+        self.num_tokens = self._checked_number_of_tokens(idx_path, documents)
+        """Tokens of all documents together."""
+        check_size(bin_path, self.num_tokens * self.dtype.itemsize)
         self._tokens = np.memmap(bin_path, dtype=self.dtype, mode="r")
+
+    def _checked_number_of_tokens(self, path: Path, documents: NDArray[Any]) -> int:
+        """Return what the lengths come to. Raises DataError when they, offsets and boundaries disagree."""
+        num_tokens = 0
+        for first in range(0, len(self), CHUNK):
+            part = slice(first, min(first + CHUNK, len(self)))
+            lengths = self.lengths[part]
+            stops = num_tokens + np.cumsum(lengths, dtype=np.int64)
+            if (
+                lengths.min() < 1
+                or not np.array_equal(self._offsets[part], (stops - lengths) * self.dtype.itemsize)
+                or not np.array_equal(documents[part], np.arange(part.start, part.stop))
+            ):
+                raise DataError(
+                    f"{path} contradicts itself: lengths, offsets and documents disagree near document {first}; "
+                    f"prepare it again"
+                )
+            num_tokens = int(stops[-1])
+        if documents[-1] != len(self):
+            raise DataError(f"{path} contradicts itself: it ends with document {documents[-1]}, not {len(self)}")
+        return num_tokens
 
     def __len__(self) -> int:
         return len(self.lengths)

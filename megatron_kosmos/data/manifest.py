@@ -1,7 +1,9 @@
 """The manifest of a prepared corpus: `PREFIX.manifest.json`, written last, so that a corpus exists when it does."""
 
 import json
+from collections.abc import Collection
 from pathlib import Path
+from stat import S_ISREG
 from typing import Any, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
@@ -98,6 +100,8 @@ def read_manifest(prefix: Path) -> Manifest:
     """Read `PREFIX.manifest.json` and compare the size of every file it names. Raises DataError."""
     path = path_with(prefix, SUFFIX)
     try:
+        if not S_ISREG(path.stat().st_mode):
+            raise DataError(f"{path} is no file, but a folder, device or pipe")
         manifest = Manifest.model_validate_json(path.read_bytes())
     except FileNotFoundError as error:
         raise DataError(
@@ -105,6 +109,9 @@ def read_manifest(prefix: Path) -> Manifest:
         ) from error
     except ValidationError as error:
         raise DataError(f"{path} is damaged; prepare the corpus again: {error}") from error
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}") from error
+    _check_names(path, prefix, manifest.files)
     for name, record in manifest.files.items():
         check_size(prefix.parent / name, record.bytes)
     return manifest
@@ -115,12 +122,27 @@ def as_file(model: StrictModel) -> bytes:
     return (json.dumps(model.model_dump(mode="json"), indent=2, ensure_ascii=False) + "\n").encode()
 
 
+def _check_names(path: Path, prefix: Path, names: Collection[str]) -> None:
+    """Raise DataError unless these are files of `prefix`: others would be read, and deleted with the corpus."""
+    for name in names:
+        if not name.startswith(prefix.name) or "/" in name or "\0" in name:
+            raise DataError(f"{path} names {name!r}, which is no file of this corpus; prepare the corpus again")
+    for suffix in (".bin", ".idx"):
+        if prefix.name + suffix not in names:
+            raise DataError(f"{path} does not name {prefix.name}{suffix}; prepare the corpus again")
+
+
 def check_size(file: Path, expected: int) -> None:
     """Raise DataError unless `file` has `expected` bytes."""
     try:
-        actual = file.stat().st_size
+        status = file.stat()
     except FileNotFoundError as error:
         raise DataError(f"{file} is missing, though its manifest names it; prepare the corpus again") from error
+    except OSError as error:
+        raise DataError(f"{file} cannot be read: {error.strerror}") from error
+    if not S_ISREG(status.st_mode):
+        raise DataError(f"{file} is no file, but a folder, device or pipe")
+    actual = status.st_size
     if actual != expected:
         what = "truncated" if actual < expected else "longer than it was"
         raise DataError(f"{file} is {what}: {actual} bytes, expected {expected}; copy or prepare the corpus again")

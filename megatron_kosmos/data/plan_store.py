@@ -1,8 +1,9 @@
 """Plans of epochs in files, so that one process plans and all of a machine read the same memory.
 
 A plan is `KEY-epochE.plan`, int64 that are read through mmap: data ranks and their worker processes share the pages.
-They are N pieces, R rows, whether there are offsets, and the arrays of `EpochPlan`. `KEY-epochE.json` is what is still
-known when the plan has been removed, two epochs later.
+They are N pieces, R rows, whether there are offsets, the arrays of `EpochPlan`, and the sha256 of all that.
+`KEY-epochE.json` is what is still known when the plan has been removed, two epochs later. Files that are damaged are
+taken for absent: data never depend on them.
 """
 
 import fcntl
@@ -23,9 +24,10 @@ from megatron_kosmos.data.planning import EpochPlan
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2
 """To be raised with any change of the files or of what is planned: plans of another format are not looked at."""
 KEPT_EPOCHS = 2
+DIGEST_INTS = hashlib.sha256().digest_size // 8
 
 
 class PlanSummary(StrictModel):
@@ -41,6 +43,23 @@ class PlanSummary(StrictModel):
     def of(cls, plan: EpochPlan) -> "PlanSummary":
         """Count."""
         return cls(num_rows=plan.num_rows, num_tokens=plan.num_tokens, documents_cut=plan.count_cut_documents())
+
+
+class _StoredSummary(PlanSummary):
+    """`KEY-epochE.json`."""
+
+    sha256: str
+
+    @classmethod
+    def seal(cls, summary: PlanSummary) -> "_StoredSummary":
+        """Add the checksum."""
+        values = summary.model_dump()
+        return cls(**values, sha256=hashlib.sha256(repr(values).encode()).hexdigest())
+
+    def unseal(self) -> PlanSummary | None:
+        """Return the summary, None when the checksum is another's."""
+        summary = PlanSummary(**self.model_dump(exclude={"sha256"}))
+        return summary if self.seal(summary) == self else None
 
 
 def plan_key(*depends_on: str | int) -> str:
@@ -68,10 +87,10 @@ class PlanStore:
             if plan is not None:
                 return plan
             plan = self._remember(key, epoch, make())
-            summary = self._summaries[key, epoch].model_dump_json().encode()
+            summary = _StoredSummary.seal(self._summaries[key, epoch]).model_dump_json().encode()
             try:
                 _write(path.with_suffix(".json"), lambda file: file.write(summary))
-                _write(path, lambda file: file.writelines(array.data for array in _arrays(plan)))
+                _write(path, lambda file: _write_plan(file, plan))
             except OSError as error:
                 logger.warning("every process plans epoch %d for itself: %s cannot be written: %s", epoch, path, error)
                 return plan
@@ -84,7 +103,9 @@ class PlanStore:
         if (key, epoch) not in self._summaries and self._folder is not None:
             with suppress(OSError, ValidationError):
                 content = (self._folder / f"{key}-epoch{epoch}.json").read_bytes()
-                self._summaries[key, epoch] = PlanSummary.model_validate_json(content)
+                summary = _StoredSummary.model_validate_json(content).unseal()
+                if summary is not None:
+                    self._summaries[key, epoch] = summary
         return self._summaries.get((key, epoch))
 
     def _remember(self, key: str, epoch: int, plan: EpochPlan) -> EpochPlan:
@@ -118,6 +139,14 @@ def _write(path: Path, write: Callable[[BinaryIO], object]) -> None:
         unfinished.unlink(missing_ok=True)
 
 
+def _write_plan(file: BinaryIO, plan: EpochPlan) -> None:
+    digest = hashlib.sha256()
+    for array in _arrays(plan):
+        digest.update(array.data)
+        file.write(array.data)
+    file.write(digest.digest())
+
+
 def _arrays(plan: EpochPlan) -> Iterator[Int64Array]:
     yield np.array([len(plan.documents), plan.num_rows, plan.offsets is not None], dtype=np.int64)
     arrays = [plan.documents, plan.piece_starts, plan.row_starts, plan.row_stops]
@@ -128,13 +157,12 @@ def _read(path: Path) -> EpochPlan | None:
     """Return the plan in a file, through mmap; None where there is no whole one."""
     try:
         content = np.memmap(path, dtype=np.int64, mode="r").view(np.ndarray)
-    except (OSError, ValueError):  # absent, or empty
+    except (OSError, ValueError):  # absent, empty, or of no whole number of integers
         return None
-    if len(content) < 3:
+    content, checksum = content[:-DIGEST_INTS], content[-DIGEST_INTS:]
+    if hashlib.sha256(content.data).digest() != checksum.tobytes():
         return None
     num_pieces, num_rows, has_offsets = content[:3].tolist()
     sizes = [num_pieces, num_pieces + 1, num_rows, num_rows, num_pieces * has_offsets]
-    if has_offsets not in (0, 1) or min(sizes) < 0 or len(content) != 3 + sum(sizes):
-        return None
     documents, piece_starts, row_starts, row_stops, offsets = np.split(content[3:], np.cumsum(sizes)[:-1])
     return EpochPlan(documents, piece_starts, offsets if has_offsets else None, row_starts, row_stops)

@@ -35,14 +35,7 @@ class KosmosTokenizer:
 
         Raises DataError when the model does not load or a special token is missing.
         """
-        missing = [token for token in REQUIRED_TOKENS if token not in settings.special_tokens]
-        if settings.newlines == "line" and LINE not in settings.special_tokens:
-            missing.append(LINE)
-        if missing:
-            raise DataError(
-                f"the tokenizer {origin} lacks {' '.join(missing)}; make one that has them with "
-                f"`kosmos tokenizer import MODEL --output FOLDER` or `kosmos tokenizer train`"
-            )
+        _refuse_without_tokens(settings, origin)
         self._model = model
         self._backend: SentencePieceBackend | FastBackend = (
             FastBackend(model, origin)
@@ -69,15 +62,18 @@ class KosmosTokenizer:
             raise DataError(_not_a_tokenizer(Path(path), error)) from error
         except ValidationError as error:
             raise DataError(f"{settings_path} is damaged; make the tokenizer again: {error}") from error
+        except OSError as error:
+            raise DataError(f"{error.filename} cannot be read: {error.strerror}") from error
         settings = TokenizerSettings.model_validate(stored.model_dump(exclude={"fingerprint"}))
-        tokenizer = cls(model, settings, str(path))
-        if tokenizer.fingerprint != stored.fingerprint:
+        _refuse_without_tokens(settings, str(path))
+        fingerprint = settings.fingerprint_with(model)
+        if fingerprint != stored.fingerprint:  # compared first: no library has to cope with a damaged model
             raise DataError(
                 f"{path}: {MODEL_FILES[settings.backend]} or {SETTINGS_FILE} was changed after the tokenizer was made "
-                f"(fingerprint {tokenizer.fingerprint[:12]}…, recorded {stored.fingerprint[:12]}…); "
+                f"(fingerprint {fingerprint[:12]}…, recorded {stored.fingerprint[:12]}…); "
                 f"make the tokenizer again"
             )
-        return tokenizer
+        return cls(model, settings, str(path))
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of `text`, without `<s>` and `</s>`. Newlines follow the recorded policy.
@@ -117,6 +113,17 @@ class KosmosTokenizer:
         stored = _StoredSettings(**self.settings.model_dump(), fingerprint=self.fingerprint)
         (folder / MODEL_FILES[self.settings.backend]).write_bytes(self._model)
         (folder / SETTINGS_FILE).write_text(stored.model_dump_json(indent=2) + "\n", encoding="utf-8")
+
+
+def _refuse_without_tokens(settings: TokenizerSettings, origin: str) -> None:
+    missing = [token for token in REQUIRED_TOKENS if token not in settings.special_tokens]
+    if settings.newlines == "line" and LINE not in settings.special_tokens:
+        missing.append(LINE)
+    if missing:
+        raise DataError(
+            f"the tokenizer {origin} lacks {' '.join(missing)}; make one that has them with "
+            f"`kosmos tokenizer import MODEL --output FOLDER` or `kosmos tokenizer train`"
+        )
 
 
 def _not_a_tokenizer(folder: Path, error: OSError) -> str:

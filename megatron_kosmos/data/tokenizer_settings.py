@@ -45,6 +45,13 @@ class TokenizerSettings(StrictModel):
             )
         return self
 
+    @model_validator(mode="after")
+    def _ids_are_in_the_vocabulary(self) -> Self:
+        outside = [token for token, number in self.special_tokens.items() if number >= self.vocab_size]
+        if outside:
+            raise ValueError(f"the ids of {' '.join(outside)} are not below vocab_size={self.vocab_size}")
+        return self
+
     def fingerprint_with(self, model: bytes) -> str:
         """Return the sha256 (hexadecimal) of the settings and of `model`, the bytes of the model's file."""
         not_told = {"backend"} if self.backend == "sentencepiece" else set[str]()  # corpora recorded it without

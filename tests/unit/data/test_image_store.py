@@ -89,15 +89,22 @@ def test_damaged_indexes(tmp_path: Path, change: Callable[[bytes], bytes], messa
 def test_a_truncated_or_missing_shard(tmp_path: Path) -> None:
     write(tmp_path / "a")
     shard = tmp_path / "a-images-00000.tar"
-    shard.write_bytes(shard.read_bytes()[:4000])
     store = ImageStore(tmp_path / "a")
+    content = shard.read_bytes()
+    shard.write_bytes(content[:4000])
     assert store.read(1) == b"second"
     with pytest.raises(DataError, match=r"the picture is cut off: the shard has \d+ bytes of it, expected 25000"):
         store.read(2)
     assert store.locate(2) == f"{shard} at byte 3584 (picture 0 of document 2, both counted from 0)"
+    with pytest.raises(DataError, match=r"a\.images\.idx contradicts itself: it has pictures outside of their shards"):
+        ImageStore(tmp_path / "a")
+    shard.write_bytes(content)
+    store = ImageStore(tmp_path / "a")
     shard.unlink()
     with pytest.raises(DataError, match=r"the shard cannot be read: .*No such file"):
-        ImageStore(tmp_path / "a").read(0)
+        store.read(0)
+    with pytest.raises(DataError, match=r"a-images-00000\.tar cannot be read: No such file .*a\.images\.idx names it"):
+        ImageStore(tmp_path / "a")
     with pytest.raises(DataError, match=r"no image index at .*none\.images\.idx"):
         ImageStore(tmp_path / "none")
 
@@ -113,5 +120,5 @@ def test_an_index_that_points_outside(tmp_path: Path, field: int, value: int) ->
     width = 8 if field == 0 else 4
     data[at : at + width] = value.to_bytes(width, "little", signed=True)
     path.write_bytes(data)
-    with pytest.raises(DataError, match=r"cut off|cannot be read"):
-        ImageStore(tmp_path / "a").read(0)
+    with pytest.raises(DataError, match=r"a\.images\.idx contradicts itself|a-images-00001\.tar cannot be read"):
+        ImageStore(tmp_path / "a")

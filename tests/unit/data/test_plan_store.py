@@ -64,6 +64,24 @@ def test_a_damaged_plan_is_made_again(make: Callable[[], EpochPlan], tmp_path: P
     assert file.read_bytes() == content
 
 
+@pytest.mark.parametrize("place", [0, 24, 500, -9, -1])
+def test_a_changed_bit_of_a_plan_or_its_summary_is_seen(
+    make: Callable[[], EpochPlan], tmp_path: Path, place: int
+) -> None:
+    """Other documents in a row would be another order of the data."""
+    expected = PlanStore(tmp_path / "plans").plan("k", 0, make)
+    plan, summary = tmp_path / "plans" / "k-epoch0.plan", tmp_path / "plans" / "k-epoch0.json"
+    content = bytearray(plan.read_bytes())
+    content[place] ^= 1
+    plan.unlink()
+    plan.write_bytes(content)
+    assert_same(PlanStore(tmp_path / "plans").plan("k", 0, make), expected)
+    changed = summary.read_text().replace(f'"num_rows":{expected.num_rows}', f'"num_rows":{expected.num_rows + 1}')
+    assert changed != summary.read_text()
+    summary.write_text(changed)
+    assert PlanStore(tmp_path / "plans").summary("k", 0) is None
+
+
 def test_plans_of_past_epochs_are_removed_and_still_summed_up(make: Callable[[], EpochPlan], tmp_path: Path) -> None:
     store = PlanStore(tmp_path / "plans")
     for epoch in range(4):

@@ -136,8 +136,24 @@ def test_changed_settings_are_refused(tokenizer_folder: Path, tmp_path: Path, ch
 def test_a_changed_model_is_refused(tokenizer_folder: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(tokenizer_folder, tmp_path / "copy"))
     (folder / "tokenizer.model").write_bytes(b"no model")
-    with pytest.raises(DataError, match="holds no sentencepiece model"):
+    with pytest.raises(DataError, match=r"tokenizer\.model or .* was changed"):
         KosmosTokenizer.load(folder)
+
+
+def test_special_tokens_outside_of_the_vocabulary(tokenizer: KosmosTokenizer, tmp_path: Path) -> None:
+    tokenizer.save(tmp_path)
+    path = tmp_path / "kosmos_tokenizer.json"
+    path.write_text(path.read_text().replace('"<image>": 4', '"<image>": 400'))
+    with pytest.raises(DataError, match=r"(?s)is damaged; .*the ids of <image> are not below vocab_size=400"):
+        KosmosTokenizer.load(tmp_path)
+
+
+def test_a_model_that_is_a_folder(tokenizer: KosmosTokenizer, tmp_path: Path) -> None:
+    tokenizer.save(tmp_path)
+    (tmp_path / "tokenizer.model").unlink()
+    (tmp_path / "tokenizer.model").mkdir()
+    with pytest.raises(DataError, match=r"tokenizer\.model cannot be read: Is a directory"):
+        KosmosTokenizer.load(tmp_path)
 
 
 def test_reading_a_tokenizer_loads_no_torch(tokenizer_folder: Path) -> None:
