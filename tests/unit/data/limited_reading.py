@@ -15,7 +15,6 @@ from megatron_kosmos.data.errors import BadDocument
 from megatron_kosmos.prompt import SourceKind
 
 ROOT = Path(__file__).parents[3]
-SECONDS = 120
 
 
 @dataclass(frozen=True)
@@ -32,10 +31,10 @@ class Outcome:
     """Memory that reading took at most, beyond what the process had before."""
 
 
-def read_limited(kind: SourceKind, *files: Path, megabytes: int = 400) -> Outcome:
-    """Read `files` with at most so much address space more than the imports take."""
+def read_limited(kind: SourceKind, *files: Path, megabytes: int = 400, seconds: int = 300) -> Outcome:
+    """Read `files` with at most so much address space more than the imports take, and in at most so much time."""
     command = [sys.executable, "-m", __name__, str(megabytes), kind, *map(str, files)]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=SECONDS, check=False)
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=seconds, check=False)
     assert result.returncode == 0, result.stderr[-2000:]
     told = json.loads(result.stdout)
     return Outcome(**told | {"bad": [tuple(problem) for problem in told["bad"]]})
