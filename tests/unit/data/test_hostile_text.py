@@ -56,6 +56,7 @@ def read_a_bomb(file: Path, compress: Compress, num_members: int) -> None:
 
 
 @pytest.mark.nightly
+@pytest.mark.timeout(1300)
 def test_a_bomb_of_10_gigabytes(tmp_path: Path, compress: Compress) -> None:
     file = tmp_path / "a.jsonl.gz"
     member = compress(bytes(100_000_000), ".gz")
