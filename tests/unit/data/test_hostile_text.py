@@ -42,19 +42,6 @@ def test_a_line_of_100_megabytes(tmp_path: Path, compress: Compress, suffix: str
     assert outcome.megabytes < LARGE_LINE_MEGABYTES
 
 
-def read_a_bomb(file: Path, compress: Compress, num_members: int) -> None:
-    """Read zeros in one line, a hundred million of them for each member, which has 100 kB."""
-    member = compress(bytes(100_000_000), file.suffix)
-    with file.open("wb") as stream:
-        stream.writelines([compress(b'{"text": "one"}\n', file.suffix), *[member] * num_members])
-        stream.write(compress(b'\n{"text": "three"}\n', file.suffix))
-    outcome = read_limited("text", file, megabytes=LARGE_LINE_MEGABYTES)
-    assert outcome.good == [["one"], ["three"]]
-    size = f"{num_members * 100_000_000 + 1:,}"
-    assert outcome.bad == [(f"{file}:2", "too_large", f"the line has {size} bytes; 67,108,864 are the most")]
-    assert outcome.megabytes < LARGE_LINE_MEGABYTES
-
-
 @pytest.mark.nightly
 @pytest.mark.timeout(1300)
 def test_a_bomb_of_10_gigabytes(tmp_path: Path, compress: Compress) -> None:
