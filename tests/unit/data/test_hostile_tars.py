@@ -160,9 +160,9 @@ def test_names_that_are_no_text(tmp_path: Path, tokenizer_folder: Path, picture:
     block[148:156] = b" " * 8
     block[148:156] = f"{sum(block):06o}\0 ".encode()
     file.write_bytes(good + bytes(block) + bytes(1024))
-    manifest = prepare(Preparation("caption", (file,), tmp_path / "corpus", tokenizer_folder, on_bad="skip"))
+    manifest = prepare(Preparation("caption", (file,), tmp_path / "corpus", tokenizer_folder))
     assert (manifest.documents, manifest.skipped) == (1, {"missing_caption": 1})
-    assert b"b\\udcffd" in (tmp_path / "corpus.skipped.jsonl").read_bytes()
+    assert b"b\\udcffd" in (tmp_path / "corpus.quarantine.jsonl").read_bytes()
 
 
 @pytest.mark.parametrize("seed", range(20))

@@ -80,9 +80,9 @@ def test_zeros_in_captions_and_names(tmp_path: Path, picture: Callable[..., byte
     lines.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     table.write_bytes(b"a\0b\ta.png\nx\ta.png\0\n")
     output = tmp_path / "corpus"
-    manifest = prepare(Preparation("caption", (lines, table), output, tokenizer_folder, on_bad="skip"))
+    manifest = prepare(Preparation("caption", (lines, table), output, tokenizer_folder))
     assert (manifest.documents, manifest.skipped) == (2, {"missing_image": 2})
-    assert r"'a.png\\x00' is no name of a file" in output.with_name("corpus.skipped.jsonl").read_text()
+    assert r"'a.png\\x00' is no name of a file" in output.with_name("corpus.quarantine.jsonl").read_text()
     tokenizer = KosmosTokenizer.load(tokenizer_folder)
     corpus = Corpus(CorpusConfig(kind="caption", prefix=output), tokenizer)
     assert [tokenizer.decode(corpus.tokens(number)) for number in (0, 1)] == ["a\0b"] * 2

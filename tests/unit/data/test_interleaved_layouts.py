@@ -140,8 +140,8 @@ def test_more_markers_than_pictures_and_the_reverse(
     markers = text.count("<image>")
     message = rf"a\.jsonl:1: text has {markers} <image>, images {num_images} pictures \[image_count\]"
     with pytest.raises(BadDocument, match=message):
-        prepare(wanted)
-    manifest = prepare(replace(wanted, on_bad="skip"))
+        prepare(replace(wanted, strict=True))
+    manifest = prepare(wanted)
     assert (manifest.documents, manifest.images, manifest.skipped) == (1, 0, {"image_count": 1})
 
 

@@ -87,7 +87,7 @@ def test_files_of_the_machine(site: Path, source: str) -> None:
 def test_it_is_a_bad_document_or_a_dropped_picture(site: Path, tokenizer_folder: Path) -> None:
     file = write("html", site / "a.html", ["../secret.png"])
     good = write("html", site / "b.html", ["a.png"])
-    wanted = Preparation("interleaved", (file, good), site / "corpus", tokenizer_folder, on_bad="skip")
+    wanted = Preparation("interleaved", (file, good), site / "corpus", tokenizer_folder)
     manifest = prepare(wanted)
     assert (manifest.documents, manifest.skipped) == (1, {"missing_image": 1})
     assert read_manifest(site / "corpus").images == 1
