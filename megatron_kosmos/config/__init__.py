@@ -1,6 +1,6 @@
 """The settings of a run: strict schema, loader and overrides. Knows nothing of torch."""
 
-from megatron_kosmos.config.data import CorpusConfig, DataConfig
+from megatron_kosmos.config.data import AugmentationConfig, CorpusConfig, DataConfig
 from megatron_kosmos.config.errors import ConfigError
 from megatron_kosmos.config.kernels import KernelsConfig
 from megatron_kosmos.config.loader import load_config, parse_config, save_config
@@ -17,6 +17,7 @@ from megatron_kosmos.config.run import CheckpointConfig, EvaluationConfig, Loggi
 from megatron_kosmos.config.training import OptimizerConfig, ParameterGroupConfig, TrainingConfig
 
 __all__ = [
+    "AugmentationConfig",
     "CheckpointConfig",
     "ConfigError",
     "CorpusConfig",

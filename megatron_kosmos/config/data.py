@@ -28,6 +28,31 @@ class CorpusConfig(StrictModel):
     of the same prefix in `heldout` has nothing else. Null: the whole corpus, in either list."""
 
 
+class AugmentationConfig(StrictModel):
+    """Random parts of the pictures in training: a rectangle, stretched to the model's square, perhaps mirrored.
+
+    The defaults are OpenCLIP's: torchvision's RandomResizedCrop with its aspect ratios and 90 to 100% of the area, and
+    no flips. CLIP itself takes random squares (arXiv 2103.00020, section 2.4).
+    """
+
+    scale: tuple[PositiveFloat, PositiveFloat] = (0.9, 1.0)
+    """Least and most area of the rectangle, as a share of the picture's."""
+    aspect_ratio: tuple[PositiveFloat, PositiveFloat] = (0.75, 4 / 3)
+    """Least and most width of the rectangle, as a multiple of its height."""
+    flip_probability: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """How often a picture is mirrored left to right. Captions that speak of left and right, or of writing, then lie."""
+
+    @model_validator(mode="after")
+    def _ranges_are_ranges(self) -> Self:
+        for name in ("scale", "aspect_ratio"):
+            least, most = getattr(self, name)
+            if least > most:
+                raise ValueError(f"{name}=[{least}, {most}] must be [least, most]")
+        if self.scale[1] > 1:
+            raise ValueError(f"scale=[{self.scale[0]}, {self.scale[1]}] is more than the picture; 1.0 is the most")
+        return self
+
+
 class DataConfig(StrictModel):
     """The blend and how it is read."""
 
@@ -49,6 +74,9 @@ class DataConfig(StrictModel):
     document_mask: bool = False
     """Keep attention within each document of a packed sequence and count its positions from 0. The paper packs plainly:
     false."""
+    augmentation: AugmentationConfig | None = None
+    """Show random parts of the pictures of `train`; `{}` takes the defaults. Null: the middle square of each, as
+    `heldout` always does."""
     num_workers: NonNegativeInt = 2
     """Processes that decode images, on ranks that hold the vision tower; 0 decodes in the training process."""
     on_bad_document: Literal["error", "skip"] = "error"

@@ -5,12 +5,14 @@ Shape letters: B rows, T tokens, I images, S image side, L slots.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from megatron_kosmos.batch import MultimodalBatch, row_starts
+from megatron_kosmos.data.augmentation import Augmenter
 from megatron_kosmos.data.corpus import Corpus
 from megatron_kosmos.data.errors import DataError
 from megatron_kosmos.data.images import load_image
@@ -56,8 +58,10 @@ class Collator:
         decode_images: bool,
         stop_at_bad_image: bool,
         mask_documents: bool,
+        augmenter: Augmenter | None = None,
     ) -> None:
         self._corpora, self._size, self._mask_documents = corpora, images.size, mask_documents
+        self._augmenter = augmenter
         self._decode_images, self._stop_at_bad_image = decode_images, stop_at_bad_image
 
     def __call__(self, samples: Sequence[Sample]) -> Microbatch:
@@ -65,9 +69,9 @@ class Collator:
         rows = [sample.row for sample in samples]
         bad_images: list[str] = []
         pictures = [
-            self._picture(self._corpora[sample.corpus], image, bad_images)
+            self._picture(sample, number, bad_images)
             for sample in samples
-            for image in (sample.row.images if self._decode_images else ())
+            for number in (range(len(sample.row.images)) if self._decode_images else ())
         ]
         places = [(number, column) for number, row in enumerate(rows) for column in row.image_columns]
         input_ids = torch.from_numpy(np.stack([row.input_ids for row in rows]))
@@ -96,12 +100,16 @@ class Collator:
         positions = torch.arange(num_rows * length) - starts[:-1].long().repeat_interleave(starts.diff())
         return starts, positions.view(num_rows, length)
 
-    def _picture(self, corpus: Corpus, image: int, bad_images: list[str]) -> Tensor:
-        """Return [3, S, S]; a picture that does not decode is blank and goes to `bad_images`, or raises DataError."""
-        store = corpus.images
+    def _picture(self, sample: Sample, number: int, bad_images: list[str]) -> Tensor:
+        """Return the picture `number` of a sample, [3, S, S].
+
+        One that does not decode is blank and goes to `bad_images`, or raises DataError.
+        """
+        store, image = self._corpora[sample.corpus].images, sample.row.images[number]
         assert store is not None, "a row of a corpus without pictures names a picture"
         try:
-            return load_image(store.read(image), self._size)
+            draw_view = None if self._augmenter is None else partial(self._augmenter.draw_view, sample.index, number)
+            return load_image(store.read(image), self._size, draw_view)
         except DataError as error:
             problem = f"{store.locate(image)}: {error}"
             if self._stop_at_bad_image:

@@ -120,8 +120,9 @@ def data_fingerprint(data: DataConfig) -> str:
     """Return the sha256 (hexadecimal) of all that the order and content of training batches depend on but the seed.
 
     That is: the files' contents by the checksums in their manifests, kinds, weights, epochs and held-out fractions in
-    their order, the tokenizer, the sequence length, the packing. Where the files lie, worker processes and held-out
-    corpora don't matter, nor do skipped steps, which may change behind the step that a run is at. Raises DataError.
+    their order, the tokenizer, the sequence length, the packing, the augmentation. Where the files lie, worker
+    processes and held-out corpora don't matter, nor do skipped steps, which may change behind the step that a run is
+    at. Raises DataError.
     """
     digest = hashlib.sha256()
     tokenizer = KosmosTokenizer.load(data.tokenizer)
@@ -129,6 +130,8 @@ def data_fingerprint(data: DataConfig) -> str:
     # What is as it was before there was a choice is left out: checkpoints recorded the fingerprint without.
     if data.packing != "concatenate":
         digest.update(f"packing {data.packing}\n".encode())
+    if data.augmentation is not None:
+        digest.update(f"augmentation {data.augmentation.model_dump_json()}\n".encode())
     for corpus in data.train:
         manifest = read_manifest(corpus.prefix)
         checksums = sorted(record.sha256 for record in manifest.files.values())

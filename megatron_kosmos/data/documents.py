@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from pydantic_core import from_json
 
 from megatron_kosmos.data.columns import choose_columns
-from megatron_kosmos.data.errors import BadDocument, DataError, MissingImage
+from megatron_kosmos.data.errors import BadDocument, DataError, UnusableImage
 from megatron_kosmos.data.html_pages import MAX_PAGE_BYTES, PictureSource, parse_page
 from megatron_kosmos.data.img2dataset import IMAGE_EXTENSIONS, failed_downloads, with_picture
 from megatron_kosmos.data.input_format import USUAL, InputFormat
@@ -56,17 +56,17 @@ class ImageReference:
     """A picture of a document: a file, bytes that came with the document, or None for one that is elsewhere."""
 
     name: str
-    source: Path | bytes | MissingImage | None
+    source: Path | bytes | UnusableImage | None
     """An error stands for a picture that may not be read."""
 
     def read(self) -> bytes:
-        """Return the encoded picture. Raises MissingImage when it cannot be read."""
+        """Return the encoded picture. Raises UnusableImage when it cannot be read."""
         if isinstance(self.source, bytes):
             return self.source
-        if isinstance(self.source, MissingImage):
+        if isinstance(self.source, UnusableImage):
             raise self.source
         if self.source is None:
-            raise MissingImage(
+            raise UnusableImage(
                 "remote_image",
                 f"{self.name} is an address, not a picture on this machine: download the pictures first, with"
                 " img2dataset, and prepare what it writes",
@@ -74,19 +74,19 @@ class ImageReference:
         try:
             status = self.source.stat()
             if not S_ISREG(status.st_mode):  # a device or a pipe might never end
-                raise MissingImage("missing_image", f"there is no picture at {self.source}, but something else")
+                raise UnusableImage("missing_image", f"there is no picture at {self.source}, but something else")
             if status.st_size > MAX_RECORD_BYTES:
                 problem = too_large(status.st_size, MAX_RECORD_BYTES, f"the picture at {self.source}")
-                raise MissingImage(problem.reason, problem.detail)
+                raise UnusableImage(problem.reason, problem.detail)
             return self.source.read_bytes()
         except FileNotFoundError as error:
-            raise MissingImage("missing_image", f"there is no picture at {self.source}") from error
+            raise UnusableImage("missing_image", f"there is no picture at {self.source}") from error
         except OSError as error:
-            raise MissingImage("missing_image", f"the picture at {self.source}: {error.strerror}") from error
-        except MissingImage:
+            raise UnusableImage("missing_image", f"the picture at {self.source}: {error.strerror}") from error
+        except UnusableImage:
             raise
         except ValueError as error:  # a NUL, or a character that the file system cannot write
-            raise MissingImage("missing_image", f"{self.name!r} is no name of a file: {error}") from error
+            raise UnusableImage("missing_image", f"{self.name!r} is no name of a file: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -260,7 +260,7 @@ class _RecordParser:
             detail = (
                 f"{name} leads out of {self._folder}; a web page gets pictures of this folder only (--image-folder)"
             )
-            return ImageReference(name, MissingImage("missing_image", detail))
+            return ImageReference(name, UnusableImage("missing_image", detail))
         return ImageReference(name, path)
 
     def _refer_to_source(self, source: str) -> ImageReference:

@@ -14,9 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from megatron_kosmos.data.decoding import decode_image, extension, open_image
+from megatron_kosmos.data.decoding import decode, extension, open_image
 from megatron_kosmos.data.documents import ImageReference, parse_record, parse_text
-from megatron_kosmos.data.errors import BadDocument, DataError, LeftOut, MissingImage
+from megatron_kosmos.data.errors import BadDocument, LeftOut, UnusableImage
 from megatron_kosmos.data.filters import Filters
 from megatron_kosmos.data.indexed import token_dtype
 from megatron_kosmos.data.input_format import USUAL, InputFormat
@@ -137,14 +137,13 @@ class Encoder:
                 parts.append(part)
                 continue
             try:
-                data = _read(part, document.origin)
-                image, suffix = _decode(part, data, document.origin)
-            except BadDocument as unusable:
+                data = part.read()
+                suffix, dropped = self._check(data, part.name, len(images))
+            except UnusableImage as unusable:
                 if not self.filters.drop_unusable_images:
-                    raise
+                    raise BadDocument(document.origin, unusable.reason, unusable.detail) from unusable
                 chunk.dropped_images[unusable.reason] += 1
                 continue
-            dropped = self._reason_to_drop(image, len(images))
             if dropped is not None:
                 chunk.dropped_images[dropped] += 1
                 continue
@@ -187,13 +186,23 @@ class Encoder:
         tokens[ends - lengths - 2], tokens[ends - 1] = self.tokenizer.bos_id, self.tokenizer.eos_id
         return tokens
 
+    def _check(self, data: bytes, name: str, num_kept: int) -> tuple[str, str | None]:
+        """Return the usual extension of a picture's format, and the filter that drops it. Raises UnusableImage."""
+        try:
+            image = open_image(data)
+            return extension(image), self._reason_to_drop(image, num_kept)
+        except UnusableImage as error:
+            raise UnusableImage(error.reason, f"{name}: {error.detail}") from error
+
     def _reason_to_drop(self, image: Image.Image, num_kept: int) -> str | None:
         filters = self.filters
         if filters.max_images is not None and num_kept >= filters.max_images:
             return "max_images"
         if filters.min_image_side is not None and min(image.size) < filters.min_image_side:
             return "min_image_side"
-        if filters.drop_single_colour and len(image.getcolors(1) or ()) == 1:
+        # An eighth of a JPEG's pixels take all of its bytes to decode, so damage shows.
+        pixels = decode(image, shrink_to=None if filters.drop_single_colour else 1)
+        if filters.drop_single_colour and len(pixels.getcolors(1) or ()) == 1:
             return "drop_single_colour"
         return None
 
@@ -215,18 +224,3 @@ def _content_hash(parts: Sequence[str | _CheckedImage]) -> bytes:
     for part in parts:
         content.update(part.encode() if isinstance(part, str) else part.data)
     return content.digest()
-
-
-def _read(reference: ImageReference, origin: str) -> bytes:
-    try:
-        return reference.read()
-    except MissingImage as error:
-        raise BadDocument(origin, error.reason, error.detail) from error
-
-
-def _decode(reference: ImageReference, data: bytes, origin: str) -> tuple[Image.Image, str]:
-    """Return the decoded picture, as training will need it, and the usual extension of its format."""
-    try:
-        return decode_image(data), extension(open_image(data))
-    except DataError as error:
-        raise BadDocument(origin, "undecodable_image", f"{reference.name}: {error}") from error

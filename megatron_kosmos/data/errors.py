@@ -30,8 +30,8 @@ class LeftOut(Exception):
         self.reason = reason
 
 
-class MissingImage(DataError):
-    """A picture that cannot be read, with a `reason` that reports can count."""
+class UnusableImage(DataError):
+    """A picture that cannot be read or decoded, with a `reason` that reports can count."""
 
     def __init__(self, reason: str, detail: str) -> None:
         super().__init__(detail)

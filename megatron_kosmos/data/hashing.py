@@ -1,5 +1,8 @@
 """SplitMix64 (Steele et al. 2014) for orders and choices that may never change: numpy's own generators may."""
 
+from collections.abc import Iterator
+from itertools import count
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -31,8 +34,20 @@ def _scramble(x: Uint64Array) -> Uint64Array:
 
 def shuffled(num_items: int, seed: int, *stream: int) -> Int64Array:
     """Return a permutation of 0 … num_items - 1 that depends on nothing but the arguments: items sorted by hashes."""
+    key = _key(seed, stream)
+    hashes = _scramble(np.arange(num_items, dtype=np.uint64) * np.uint64(STEP) + np.uint64(key))
+    return np.argsort(hashes, kind="stable")
+
+
+def _key(seed: int, stream: tuple[int, ...]) -> int:
     key = seed & MASK
     for number in stream:
         key = mix(key ^ mix(number & MASK))
-    hashes = _scramble(np.arange(num_items, dtype=np.uint64) * np.uint64(STEP) + np.uint64(key))
-    return np.argsort(hashes, kind="stable")
+    return key
+
+
+def uniforms(seed: int, *stream: int) -> Iterator[float]:
+    """Yield numbers in [0, 1), without end, that depend on nothing but the arguments."""
+    key = _key(seed, stream)
+    for number in count():
+        yield (mix(key + number * STEP & MASK) >> 11) * 2.0**-53

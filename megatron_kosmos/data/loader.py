@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from megatron_kosmos.batch import MultimodalBatch
 from megatron_kosmos.config.data import CorpusConfig, DataConfig, data_step
+from megatron_kosmos.data.augmentation import Augmenter
 from megatron_kosmos.data.collate import Collator, ImageFormat, Microbatch
 from megatron_kosmos.data.corpus import Corpus
 from megatron_kosmos.data.decoding import decode_image
@@ -94,7 +95,8 @@ class StepLoader:
         """
         self.tokenizer = KosmosTokenizer.load(data.tokenizer)
         packers = _open_packers(data, data.train, images, self.tokenizer, "train")
-        collator = _collator(data, images, packers, decode_images)
+        augmenter = None if data.augmentation is None else Augmenter(data.augmentation, seed)
+        collator = _collator(data, images, packers, decode_images, augmenter)
         weights, num_epochs = [corpus.weight for corpus in data.train], [corpus.epochs for corpus in data.train]
         self._mixture = Mixture(packers, weights, seed, data.packing, num_epochs, PlanStore(plan_folder))
         self._data, self._geometry = data, replace(geometry, skip_steps=data.skip_steps)
@@ -203,8 +205,8 @@ class _HeldoutRows:
 
     def __getitem__(self, index: int) -> Sample:
         if index < self._num_rows:
-            return Sample(0, self._packer.row(self._plan, index))
-        return Sample(0, self._packer.row(self._plan, 0).without_targets())
+            return Sample(0, self._packer.row(self._plan, index), index)
+        return Sample(0, self._packer.row(self._plan, 0).without_targets(), index)
 
 
 class _Microbatches(Dataset[Microbatch]):
@@ -263,11 +265,18 @@ def _open_packers(
     return packers
 
 
-def _collator(data: DataConfig, images: ImageFormat, packers: Sequence[Packer], decode_images: bool) -> Collator:
+def _collator(
+    data: DataConfig,
+    images: ImageFormat,
+    packers: Sequence[Packer],
+    decode_images: bool,
+    augmenter: Augmenter | None = None,
+) -> Collator:
     return Collator(
         [packer.corpus for packer in packers],
         images,
         decode_images=decode_images,
         stop_at_bad_image=data.on_bad_document == "error",
         mask_documents=data.document_mask,
+        augmenter=augmenter,
     )

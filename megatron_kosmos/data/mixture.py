@@ -75,6 +75,8 @@ class Sample:
 
     corpus: int
     row: PackedRow
+    index: int
+    """Its place in the order of the whole run."""
 
 
 class Mixture:
@@ -105,7 +107,7 @@ class Mixture:
     def __getitem__(self, index: int) -> Sample:
         """Return the sample with the global `index`. Raises IndexError when all corpora have ended before."""
         corpus, number = self.blend.locate(index)
-        return Sample(corpus, self._epochs[corpus].row(number))
+        return Sample(corpus, self._epochs[corpus].row(number), index)
 
     def summaries(self) -> list[PlanSummary]:
         """Return what there is to say about the first epoch of each corpus."""

@@ -1,4 +1,4 @@
-"""Pictures become the pixels of transformers' CLIP processor; where JPEGs are decoded small, nearly so."""
+"""Pictures become the pixels of transformers' CLIP processor; large JPEGs nearly so."""
 
 import io
 
@@ -43,7 +43,7 @@ def expected_pixels(data: bytes) -> Tensor:
 @pytest.mark.parametrize("width, height", SIZES)
 @pytest.mark.parametrize("file_format", ["PNG", "JPEG"])
 def test_pixels_are_those_of_clip(fidelity: Record, file_format: str, width: int, height: int) -> None:
-    """Draft mode leaves these alone: their short sides are less than twice the model's."""
+    """Their short sides are less than twice the model's."""
     data = encoded(smooth(width, height), file_format)
     fidelity.of(ORACLE, FP32).values("pixels", load_image(data, SIDE), expected_pixels(data), 1e-6)
 
@@ -54,13 +54,13 @@ def test_decoded_pictures_are_left_as_they_are(fidelity: Record) -> None:
     fidelity.of(ORACLE, FP32).values("pixels", pixels, expected_pixels(data), 1e-6)
 
 
-@pytest.mark.parametrize("size, bound", [((1600, 1200), 0.02), ((640, 481), 0.15)], ids=["quarter", "half"])
-def test_jpegs_that_are_decoded_small_are_close(fidelity: Record, size: tuple[int, int], bound: float) -> None:
-    """At a quarter and at half of their size, then resized; noise of single pixels is what differs."""
+@pytest.mark.parametrize(
+    "size, way, bound", [((640, 481), "quickly", 0.02), ((1600, 1200), "at a half", 0.1)], ids=["quick", "half"]
+)
+def test_large_jpegs_are_close(fidelity: Record, size: tuple[int, int], way: str, bound: float) -> None:
+    """From twice the model's side they are resized by PyTorch, from four times on decoded small as well."""
     data = encoded(smooth(*size), "JPEG")
     actual, expected = load_image(data, SIDE), expected_pixels(data)
-    fidelity.of(f"{ORACLE}, JPEG of {size[0]} x {size[1]} in draft mode", FP32).values(
-        "pixels", actual, expected, bound
-    )
+    fidelity.of(f"{ORACLE}, JPEG of {size[0]} x {size[1]} {way}", FP32).values("pixels", actual, expected, bound)
     levels = (actual - expected) * torch.tensor(IMAGE_STD)[:, None, None] * 255
-    assert 0 < levels.square().mean() < 255**2 / 10**3.8, "38 dB"
+    assert 0 < levels.square().mean() < 255**2 / 10**4.5, "45 dB"

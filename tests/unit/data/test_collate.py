@@ -68,7 +68,7 @@ def collate(text: CorpusConfig, tokenizer: KosmosTokenizer) -> Callable[..., Mul
     def make(rows: Sequence[PackedRow], mask_documents: bool = True) -> MultimodalBatch:
         corpora = [Corpus(text, tokenizer)]
         collator = Collator(corpora, IMAGES, decode_images=True, stop_at_bad_image=True, mask_documents=mask_documents)
-        return collator([Sample(0, one) for one in rows]).unwrap()
+        return collator([Sample(0, one, number) for number, one in enumerate(rows)]).unwrap()
 
     return make
 

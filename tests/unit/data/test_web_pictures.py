@@ -9,7 +9,7 @@ import pytest
 from pyarrow import parquet
 
 from megatron_kosmos.data.documents import ImageReference, parse_record, read_records
-from megatron_kosmos.data.errors import MissingImage
+from megatron_kosmos.data.errors import UnusableImage
 from megatron_kosmos.data.input_format import InputFormat
 from megatron_kosmos.data.manifest import read_manifest
 from megatron_kosmos.data.preprocess import Preparation, prepare
@@ -59,7 +59,7 @@ def test_nothing_outside_of_the_folder(site: Path, layout: str, is_given: bool) 
     images = images_of(write(layout, site / "a.jsonl", ["a.png", *sources]), site if is_given else None)
     assert images[0] == ImageReference("a.png", site / "a.png")
     for image in images[1:]:
-        with pytest.raises(MissingImage, match=r"leads out of .*/site; .* \(--image-folder\)"):
+        with pytest.raises(UnusableImage, match=r"leads out of .*/site; .* \(--image-folder\)"):
             image.read()
     assert len(images) == len(sources) + 1
 
@@ -71,7 +71,7 @@ def test_a_page_of_a_site(site: Path) -> None:
     assert [image.source for image in images_of(file, site)] == [b, c, c, a, site]
     alone = images_of(file, None)
     assert alone[0].source == b
-    assert isinstance(alone[1].source, MissingImage)
+    assert isinstance(alone[1].source, UnusableImage)
     assert alone[2].source == site / "pages" / "images" / "c.png"
     elsewhere = write("html", site.parent / "a.html", ["images/c.png"])
     assert images_of(elsewhere, site)[0].source == c
@@ -80,7 +80,7 @@ def test_a_page_of_a_site(site: Path) -> None:
 @pytest.mark.parametrize("source", ["/etc/passwd", "file:///etc/passwd", "//etc/passwd", "\\etc\\passwd", "C:/a.png"])
 def test_files_of_the_machine(site: Path, source: str) -> None:
     (image,) = images_of(write("html", site / "a.html", [source]), None)
-    with pytest.raises(MissingImage):
+    with pytest.raises(UnusableImage):
         image.read()
 
 
