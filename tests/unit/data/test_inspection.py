@@ -86,7 +86,7 @@ def test_rows_are_those_of_the_loader(data: DataConfig, changes: dict[str, Any],
         assert len(seen) == len(batch.images)
         for pixels, image in zip(seen, batch.images, strict=True):
             assert pixels is not None
-            torch.testing.assert_close(normalize(pixels), image, atol=0.01, rtol=0)
+            torch.testing.assert_close(normalize(np.asarray(pixels)), image, atol=0.01, rtol=0)
     assert any(row.next_token for row in rows)
     assert {row.corpus.kind for row in rows} == set(SOURCE_KINDS)
 
@@ -95,7 +95,7 @@ def test_a_picture_is_shown_as_the_model_sees_it(picture: Callable[..., bytes]) 
     data = picture(1, width=40, height=20)
     shown = as_seen(data, 8)
     assert shown.size == (8, 8)
-    torch.testing.assert_close(normalize(shown), load_image(data, 8), atol=0.01, rtol=0)
+    torch.testing.assert_close(normalize(np.asarray(shown)), load_image(data, 8), atol=0.01, rtol=0)
 
 
 def test_shares_and_lengths(data: DataConfig) -> None:
