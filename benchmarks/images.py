@@ -24,6 +24,7 @@ import PIL
 import torch
 import typer
 import webdataset
+from megatron_kosmos.data.staging import Staging
 from numpy.typing import NDArray
 from PIL import Image
 from rich.console import Console
@@ -34,7 +35,6 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from megatron_kosmos.data.encoding import EncodedImage
 from megatron_kosmos.data.image_store import ImageShardWriter, ImageStore
 from megatron_kosmos.data.images import load_image
-from megatron_kosmos.data.staging import Staging
 from megatron_kosmos.prompt import IMAGE_MEAN, IMAGE_STD
 
 RESULTS = Path(__file__).parent / "results" / "images.json"

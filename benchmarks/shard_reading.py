@@ -20,12 +20,12 @@ from typing import Annotated
 import numpy as np
 import typer
 import webdataset
+from megatron_kosmos.data.staging import Staging
 from rich.console import Console
 from rich.table import Table
 
 from megatron_kosmos.data.encoding import EncodedImage
 from megatron_kosmos.data.image_store import ImageShardWriter, ImageStore
-from megatron_kosmos.data.staging import Staging
 
 RESULTS = Path(__file__).parent / "results" / "shard_reading.json"
 

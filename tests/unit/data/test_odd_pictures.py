@@ -16,13 +16,14 @@ from PIL import Image
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from megatron_kosmos.config import CorpusConfig, DataConfig
+from megatron_kosmos.data.assembly import assemble
 from megatron_kosmos.data.decoding import decode_image
-from megatron_kosmos.data.encoding import EncodedChunk, EncodedDocument, EncodedImage
+from megatron_kosmos.data.encoding import EncodedChunk, EncodedImage
 from megatron_kosmos.data.errors import DataError, UnusableImage
 from megatron_kosmos.data.images import load_image
 from megatron_kosmos.data.loader import BatchGeometry, ImageFormat, StepLoader
-from megatron_kosmos.data.preprocess import CorpusWriter, Preparation, prepare
-from megatron_kosmos.data.staging import Staging
+from megatron_kosmos.data.parts_folder import PartsFolder
+from megatron_kosmos.data.preprocess import Preparation, prepare
 from megatron_kosmos.data.tokenizer import KosmosTokenizer
 from tests.unit.data.odd_pictures import RED, Colour, bad_pictures, encoded, good_pictures, plain
 
@@ -95,11 +96,11 @@ def test_preparation_counts_bad_pictures_by_reason_and_place(
         (tmp_path / f"{name}.gif").write_bytes(data)  # whatever it is
     source = write_lines("a.jsonl", [json.dumps({"image": f"{name}.gif", "caption": name}) for name in pictures])
     prefix = tmp_path / "out" / "a"
-    prepare(Preparation("caption", (source,), prefix, tokenizer_folder, on_bad="skip", num_workers=num_workers))
+    prepare(Preparation("caption", (source,), prefix, tokenizer_folder, num_workers=num_workers))
     manifest = json.loads((tmp_path / "out" / "a.manifest.json").read_text())
     assert manifest["documents"] == len(GOOD)
     assert manifest["skipped"] == Counter(reason for _, reason, _ in BAD.values())
-    lines = [json.loads(line) for line in (tmp_path / "out" / "a.skipped.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (tmp_path / "out" / "a.quarantine.jsonl").read_text().splitlines()]
     for line, number, name in zip(lines, range(len(GOOD) + 1, len(pictures) + 1), BAD, strict=True):
         assert line["origin"].endswith(f"a.jsonl:{number}")
         assert line["reason"] == BAD[name][1]
@@ -110,16 +111,21 @@ def test_preparation_counts_bad_pictures_by_reason_and_place(
 @pytest.fixture
 def damaged(tmp_path: Path, tokenizer_folder: Path, tokenizer: KosmosTokenizer) -> DataConfig:
     """Captions of which every other picture is bad, as if the shards were written by something else."""
-    chunk = EncodedChunk()
-    for bad, _, _ in BAD.values():
-        for data in (bad, encoded(plain(), "PNG")):
-            ids = [tokenizer.bos_id, tokenizer.image_id, tokenizer.end_of_image_id, *tokenizer.encode("x"), 2]
-            chunk.documents.append(EncodedDocument(np.array(ids, dtype="<u2"), [EncodedImage(data, "png", 1)]))
-    prefix = tmp_path / "captions"
-    with Staging(prefix) as staging:
-        writer = CorpusWriter(staging, Preparation("caption", (), prefix, Path()), tokenizer)
+    pictures = [data for bad, _, _ in BAD.values() for data in (bad, encoded(plain(), "PNG"))]
+    ids = [tokenizer.bos_id, tokenizer.image_id, tokenizer.end_of_image_id, *tokenizer.encode("x"), tokenizer.eos_id]
+    chunk = EncodedChunk(
+        np.array(ids * len(pictures), dtype="<u2"),
+        np.full(len(pictures), len(ids)),
+        [[EncodedImage(data, "png", 1)] for data in pictures],
+        np.zeros((len(pictures), 2), np.uint64),
+    )
+    prefix, source = tmp_path / "captions", tmp_path / "a.jsonl"
+    source.write_text("{}\n")
+    job, folder = Preparation("caption", (source,), prefix, tokenizer_folder).job(), PartsFolder(prefix)
+    folder.create(job)
+    with folder.writing(job, 0) as writer:
         writer.append(chunk)
-        writer.finish()
+    assemble(folder, job, 1)
     corpus = CorpusConfig(kind="caption", prefix=prefix, epochs=1)
     return DataConfig(tokenizer=tokenizer_folder, sequence_length=16, train=(corpus,), packing="best_fit")
 
