@@ -3,7 +3,7 @@
 Shape letters: B sequences, T tokens, I images, S image side in pixels, L latents (slots) of an image.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -11,15 +11,18 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class MultimodalBatch:
-    """One microbatch of one data-parallel rank.
+    """One microbatch of one data-parallel rank, as far as the rank needs it.
 
-    A batch without images is a normal one: `images` is then `[0, 3, S, S]` and `image_positions` `[0, 2]`.
+    Tokens are with the ranks that hold the embedding or the loss, images with those that hold the vision tower, a share
+    with each tensor-parallel one. The rest is metadata, which all ranks have. A batch without images is a normal one:
+    `images` is then `[0, 3, S, S]` and `image_positions` `[0, 2]`.
     """
 
     input_ids: Tensor
-    """[B, T] int64. An image's L slots hold the padding id; the model overwrites their embeddings."""
+    """[B, T] int64. An image's L slots hold the padding id; the model overwrites their embeddings. [B, 0] on ranks that
+    hold neither the embedding nor the loss."""
     labels: Tensor
-    """[B, T] int64. The id that follows each position; meaningless where `loss_mask` is false."""
+    """[B, T] int64. The id that follows each position; meaningless where `loss_mask` is false. [B, 0] as above."""
     loss_mask: Tensor
     """[B, T] bool. True where the label is a text token or the end of a document, not on image tokens and padding."""
     position_ids: Tensor
@@ -28,7 +31,8 @@ class MultimodalBatch:
     """[N + 1] int32, on the host. Where each of the N segments that attention stays within begins, counted over the
     rows laid end to end, and B * T at last (flash-attn's cu_seqlens). Plain packing has one segment a row."""
     images: Tensor
-    """[I, 3, S, S] float32, normalized as CLIP wants them. [0, 3, S, S] on ranks that hold no vision tower."""
+    """[J, 3, S, S] float32, normalized as CLIP wants them: this tensor-parallel rank's share of the I images, as
+    `share_of_images` cuts them. J = I where there is one such rank, J = 0 on ranks that hold no vision tower."""
     image_positions: Tensor
     """[I, 2] int64. Row and column of each image's first slot; its slots are the L columns from there."""
     sources: Tensor
@@ -48,6 +52,10 @@ class MultimodalBatch:
             sources=torch.zeros(len(input_ids), dtype=torch.int64),
         )
 
+    def for_tensor_rank(self, tp_rank: int, tp_size: int) -> "MultimodalBatch":
+        """Return a batch that holds all I images with the share of one tensor-parallel rank."""
+        return replace(self, images=self.images[share_of_images(len(self.images), tp_rank, tp_size)])
+
     @property
     def masks_documents(self) -> bool:
         """Whether attention stays within segments that are shorter than the rows."""
@@ -60,7 +68,7 @@ class MultimodalBatch:
 
     def slots(self, num_latents: int) -> Tensor:
         """Return [B, T] bool, true on the `num_latents` slots of each image."""
-        slots = torch.zeros_like(self.input_ids, dtype=torch.bool)
+        slots = torch.zeros_like(self.loss_mask)
         for row, column in self.image_positions.tolist():
             slots[row, column : column + num_latents] = True
         return slots
@@ -69,6 +77,17 @@ class MultimodalBatch:
         """Return the batch with every tensor but `document_starts` on `device`."""
         moved = {field.name: getattr(self, field.name).to(device, non_blocking=True) for field in fields(self)}
         return MultimodalBatch(**(moved | {"document_starts": self.document_starts}))
+
+
+def images_a_rank(num_images: int, tp_size: int) -> int:
+    """Return how many images a tensor-parallel rank computes on: as many on each, at least one, blank ones included."""
+    return max(1, -(-num_images // tp_size))
+
+
+def share_of_images(num_images: int, tp_rank: int, tp_size: int) -> slice:
+    """Return which of a microbatch's images are a tensor-parallel rank's; the last ranks may have fewer, or none."""
+    each = images_a_rank(num_images, tp_size)
+    return slice(tp_rank * each, (tp_rank + 1) * each)
 
 
 def row_starts(num_rows: int, length: int) -> Tensor:

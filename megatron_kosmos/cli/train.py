@@ -69,6 +69,7 @@ def _train(run: RunConfig, rank: int, world_size: int) -> None:
     from rich.console import Console
 
     from megatron_kosmos.checkpoint.errors import CheckpointError
+    from megatron_kosmos.engine.reading import ReadingFailed
     from megatron_kosmos.engine.run import train as train_run
     from megatron_kosmos.observability.logging import start_logging
     from megatron_kosmos.parallel.topology import start_process_group, stop_process_group
@@ -82,7 +83,11 @@ def _train(run: RunConfig, rank: int, world_size: int) -> None:
         train_run(run, device)
     except CheckpointError as error:
         sys.exit(f"kosmos train: {error}" if rank == 0 else 1)
-    except DataError as error:
-        sys.exit(f"kosmos train: rank {rank}: {error}")
-    # Only now: after an error, leaving in good order would wait for ranks that sit in a collective.
+    except ReadingFailed as error:
+        if rank == 0:
+            print(f"kosmos train: {error}", file=sys.stderr, flush=True)
+        # All are here, and the launcher ends the rest as soon as one process is gone: not before that is said.
+        stop_process_group(wait_for_all=True)
+        sys.exit(1)
+    # Only now: after another error, leaving in good order would wait for ranks that sit in a collective.
     stop_process_group()

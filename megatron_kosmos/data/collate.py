@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_kosmos.batch import MultimodalBatch, row_starts
+from megatron_kosmos.batch import MultimodalBatch, row_starts, share_of_images
 from megatron_kosmos.data.augmentation import Augmenter
 from megatron_kosmos.data.corpus import Corpus
 from megatron_kosmos.data.errors import DataError
@@ -29,6 +29,17 @@ class ImageFormat:
     """L, slots of a picture."""
     size: int
     """S, side in pixels."""
+
+
+@dataclass(frozen=True)
+class RankPart:
+    """What a rank reads of its batches. The rest is metadata, which every rank takes from the indexes."""
+
+    tokens: bool = True
+    images: bool = True
+    """Decode this tensor-parallel rank's share of each microbatch's pictures."""
+    tp_rank: int = 0
+    tp_size: int = 1
 
 
 @dataclass(frozen=True)
@@ -55,23 +66,21 @@ class Collator:
         corpora: Sequence[Corpus],
         images: ImageFormat,
         *,
-        decode_images: bool,
+        part: RankPart,
         stop_at_bad_image: bool,
         mask_documents: bool,
         augmenter: Augmenter | None = None,
     ) -> None:
         self._corpora, self._size, self._mask_documents = corpora, images.size, mask_documents
-        self._augmenter = augmenter
-        self._decode_images, self._stop_at_bad_image = decode_images, stop_at_bad_image
+        self._part, self._augmenter, self._stop_at_bad_image = part, augmenter, stop_at_bad_image
 
     def __call__(self, samples: Sequence[Sample]) -> Microbatch:
         """Return the microbatch of `samples`. Raises DataError for a bad picture if that is to stop the run."""
         rows = [sample.row for sample in samples]
         bad_images: list[str] = []
+        numbers = [(sample, number) for sample in samples for number in range(len(sample.row.images))]
         pictures = [
-            self._picture(sample, number, bad_images)
-            for sample in samples
-            for number in (range(len(sample.row.images)) if self._decode_images else ())
+            self._picture(sample, number, bad_images) for sample, number in numbers[self._mine(len(numbers))]
         ]
         places = [(number, column) for number, row in enumerate(rows) for column in row.image_columns]
         input_ids = torch.from_numpy(np.stack([row.input_ids for row in rows]))
@@ -88,9 +97,14 @@ class Collator:
         )
         return Microbatch(batch, tuple(bad_images))
 
+    def _mine(self, num_images: int) -> slice:
+        """Return which of a microbatch's pictures this rank decodes."""
+        part = self._part
+        return share_of_images(num_images, part.tp_rank, part.tp_size) if part.images else slice(0)
+
     def _documents(self, rows: Sequence[PackedRow]) -> tuple[Tensor, Tensor]:
         """Return where attention's segments begin [N + 1] and the positions [B, T], by document or by row."""
-        num_rows, length = len(rows), len(rows[0].input_ids)
+        num_rows, length = len(rows), len(rows[0].loss_mask)
         starts = row_starts(num_rows, length)
         if self._mask_documents:
             ids = np.concatenate([row.document_ids for row in rows])

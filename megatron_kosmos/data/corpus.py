@@ -15,6 +15,9 @@ from megatron_kosmos.data.manifest import SUFFIX, path_with, read_manifest
 from megatron_kosmos.data.tokenizer import KosmosTokenizer
 from megatron_kosmos.prompt import SourceKind
 
+CHUNK = 1 << 20
+"""Documents that are looked at at a time where all of them are, so that it takes no memory to speak of."""
+
 
 class Corpus:
     """Documents of one kind, `<s> … </s>`, each picture a pair `<image> </image>`."""
@@ -79,6 +82,14 @@ class Corpus:
         return len(self._documents)
 
     @property
+    def max_images(self) -> int:
+        """Pictures of the document with the most."""
+        if self.images is None:
+            return 0
+        first = self.images.first_images
+        return max(int(np.diff(first[start : start + CHUNK + 1]).max()) for start in range(0, len(self), CHUNK))
+
+    @property
     def num_images(self) -> NDArray[np.int64]:
         """Pictures of each document: [D]."""
         if self.images is None:
@@ -86,13 +97,21 @@ class Corpus:
         return np.diff(self.images.first_images)
 
     def tokens(self, document: int) -> NDArray[Any]:
-        """Return a document's tokens, a view of the file. Raises DataError for ids that the tokenizer does not have."""
+        """Return a document's tokens, a view of the file.
+
+        Raises DataError for ids that the tokenizer does not have, and when the `<image>` tokens are not where the image
+        index says.
+        """
         tokens = self._documents[document]
         if not 0 <= tokens.min() <= tokens.max() < self._tokenizer.vocab_size:
             raise DataError(
                 f"{path_with(self.prefix, '.bin')} is damaged: document {document} has ids outside of the vocabulary "
                 f"of {self._tokenizer.vocab_size}; copy or prepare the corpus again"
             )
+        if self.images is not None:
+            found = np.flatnonzero(tokens == self._tokenizer.image_id)
+            if not np.array_equal(found, self.image_positions(document)):
+                raise self._contradiction(document)
         return tokens
 
     def images_of(self, document: int) -> range:
@@ -103,17 +122,24 @@ class Corpus:
         return range(int(first[document]), int(first[document + 1]))
 
     def image_positions(self, document: int) -> NDArray[np.int64]:
-        """Return where the `<image>` tokens of a document are. Raises DataError when index and tokens disagree."""
+        """Return where the image index says that the `<image>` tokens of a document are; reads no token.
+
+        Raises DataError for places where no pair of `<image>` and `</image>` can be.
+        """
         numbers = self.images_of(document)
         if self.images is None or len(numbers) == 0:
             return np.zeros(0, dtype=np.int64)
-        positions = np.flatnonzero(self.tokens(document) == self._tokenizer.image_id)
-        if not np.array_equal(positions, self.images.positions[numbers.start : numbers.stop]):
-            raise DataError(
-                f"{self.prefix}: the <image> tokens of document {document} are not where the image index says; "
-                f"prepare the corpus again"
-            )
+        positions = self.images.positions[numbers.start : numbers.stop].astype(np.int64)
+        places = np.concatenate(([-1], positions, [int(self.lengths[document])]))
+        if np.any(np.diff(places) < 2):
+            raise self._contradiction(document)
         return positions
+
+    def _contradiction(self, document: int) -> DataError:
+        return DataError(
+            f"{self.prefix}: the <image> tokens of document {document} are not where the image index says; "
+            f"prepare the corpus again"
+        )
 
 
 def data_fingerprint(data: DataConfig) -> str:

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 from megatron_kosmos.batch import MultimodalBatch
 from megatron_kosmos.config.data import CorpusConfig, DataConfig, data_step
 from megatron_kosmos.data.augmentation import Augmenter
-from megatron_kosmos.data.collate import Collator, ImageFormat, Microbatch
+from megatron_kosmos.data.collate import Collator, ImageFormat, Microbatch, RankPart
 from megatron_kosmos.data.corpus import Corpus
 from megatron_kosmos.data.decoding import decode_image
 from megatron_kosmos.data.errors import DataError
@@ -31,9 +31,11 @@ from megatron_kosmos.data.plan_store import PlanStore
 from megatron_kosmos.data.row_format import RowFormat
 from megatron_kosmos.data.tokenizer import KosmosTokenizer
 
-__all__ = ["BatchGeometry", "ImageFormat", "StepLoader", "heldout_batches", "heldout_captions"]
+__all__ = ["BatchGeometry", "ImageFormat", "RankPart", "StepLoader", "heldout_batches", "heldout_captions"]
 
 logger = logging.getLogger(__name__)
+
+WHOLE = RankPart()
 
 
 @dataclass(frozen=True)
@@ -84,24 +86,23 @@ class StepLoader:
         images: ImageFormat,
         geometry: BatchGeometry,
         seed: int,
-        decode_images: bool = True,
+        part: RankPart = WHOLE,
         plan_folder: Path | None = None,
     ) -> None:
-        """Open the corpora. `decode_images` is for ranks that hold the vision tower; others get [0, 3, S, S].
+        """Open the corpora.
 
         What is packed into which row is planned once for all processes that share `plan_folder`; without it each worker
         process plans and holds it for itself. Raises DataError when tokenizer or corpora are damaged or don't fit each
         other.
         """
-        self.tokenizer = KosmosTokenizer.load(data.tokenizer)
-        packers = _open_packers(data, data.train, images, self.tokenizer, "train")
+        packers = _open_packers(data, data.train, images, part, "train")
         augmenter = None if data.augmentation is None else Augmenter(data.augmentation, seed)
-        collator = _collator(data, images, packers, decode_images, augmenter)
+        collator = _collator(data, images, packers, part, augmenter)
         weights, num_epochs = [corpus.weight for corpus in data.train], [corpus.epochs for corpus in data.train]
         self._mixture = Mixture(packers, weights, seed, data.packing, num_epochs, PlanStore(plan_folder))
         self._data, self._geometry = data, replace(geometry, skip_steps=data.skip_steps)
         self._microbatches = _Microbatches(self._mixture, self._geometry, collator)
-        self._num_workers = data.num_workers if decode_images else 0
+        self._num_workers = data.num_workers if part.images else 0
         self.num_bad_images = 0
         """Pictures that did not decode and were replaced by a blank one so far (`on_bad_document: skip`)."""
 
@@ -156,19 +157,18 @@ def heldout_batches(
     images: ImageFormat,
     geometry: BatchGeometry,
     num_sequences: int,
-    decode_images: bool = True,
-) -> Iterator[list[MultimodalBatch]]:
+    part: RankPart = WHOLE,
+) -> Generator[list[MultimodalBatch]]:
     """Yield the first `num_sequences` rows of `corpus`, or all if it has fewer, unshuffled, as `StepLoader.steps` does.
 
     Every rank gets the same number of microbatches: the last step is filled up with copies of the first row whose loss
     mask is false everywhere. Raises DataError.
     """
-    tokenizer = KosmosTokenizer.load(data.tokenizer)
-    (packer,) = packers = _open_packers(data, [corpus], images, tokenizer, "heldout")
+    (packer,) = packers = _open_packers(data, [corpus], images, part, "heldout")
     rows = _HeldoutRows(packer, num_sequences)
     num_steps = -(-len(rows) // geometry.global_batch_size)
-    microbatches = _Microbatches(rows, geometry, _collator(data, images, packers, decode_images))
-    for step in _read_steps(microbatches, range(num_steps), data.num_workers if decode_images else 0):
+    microbatches = _Microbatches(rows, geometry, _collator(data, images, packers, part))
+    for step in _read_steps(microbatches, range(num_steps), data.num_workers if part.images else 0):
         yield [microbatch.unwrap() for microbatch in step]
 
 
@@ -249,14 +249,15 @@ def _unchanged(microbatch: Any) -> Any:
 
 
 def _open_packers(
-    data: DataConfig, corpora: Sequence[CorpusConfig], images: ImageFormat, tokenizer: KosmosTokenizer, side: Side
+    data: DataConfig, corpora: Sequence[CorpusConfig], images: ImageFormat, part: RankPart, side: Side
 ) -> list[Packer]:
+    tokenizer = KosmosTokenizer.load(data.tokenizer)
     row_format = RowFormat(sequence_length=data.sequence_length, num_latents=images.num_latents)
     packers = []
     for config in corpora:
         corpus = Corpus(config, tokenizer)
         documents = documents_of(corpus, config, side)
-        packer = Packer(corpus, row_format, tokenizer, data.on_bad_document == "skip", documents)
+        packer = Packer(corpus, row_format, tokenizer, data.on_bad_document == "skip", documents, part.tokens)
         if packer.num_misfits:
             logger.warning(
                 "%s: %d documents have too many pictures for a row and are left out", config.prefix, packer.num_misfits
@@ -269,13 +270,13 @@ def _collator(
     data: DataConfig,
     images: ImageFormat,
     packers: Sequence[Packer],
-    decode_images: bool,
+    part: RankPart,
     augmenter: Augmenter | None = None,
 ) -> Collator:
     return Collator(
         [packer.corpus for packer in packers],
         images,
-        decode_images=decode_images,
+        part=part,
         stop_at_bad_image=data.on_bad_document == "error",
         mask_documents=data.document_mask,
         augmenter=augmenter,

@@ -3,11 +3,10 @@
 Shape letters: B rows, T tokens, I images, S image side.
 """
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from PIL import Image
+import torch.distributed as dist
 from torch import Tensor
 
 from megatron_kosmos.batch import MultimodalBatch
@@ -15,17 +14,19 @@ from megatron_kosmos.config import RunConfig
 from megatron_kosmos.data.images import load_image
 from megatron_kosmos.data.loader import BatchGeometry, ImageFormat, heldout_batches, heldout_captions
 from megatron_kosmos.data.tokenizer import KosmosTokenizer
+from megatron_kosmos.engine.reading import failing_together, part_of, read_together
 from megatron_kosmos.engine.train_step import StepRunner
 from megatron_kosmos.engine.trainer import StepReport
 from megatron_kosmos.observability.metrics import MetricsWriter
 
 
 class Captioned(NamedTuple):
-    """Pictures with what the corpus says of them and what the model does."""
+    """Pictures with what the corpus says of them and what the model does; only rank 0 has the first two."""
 
     images: Tensor
-    """[I, 3, S, S], normalized."""
+    """[I, 3, S, S], normalized; [0, 3, S, S] where there is no vision tower."""
     expected: list[str]
+    """[] on ranks other than tensor rank 0 of stage 0."""
     generated: list[str]
 
 
@@ -33,7 +34,10 @@ class HeldoutEvaluation:
     """Evaluates every so many steps and at the end; puts losses and exact matches into the step's metrics."""
 
     def __init__(self, run: RunConfig, runner: StepRunner, writer: MetricsWriter | None) -> None:
-        """`writer`, on rank 0, gets the captioned pictures. Raises DataError for corpora that don't open."""
+        """`writer`, on rank 0, gets the captioned pictures. A collective over all ranks.
+
+        Raises ReadingFailed, on every rank, for pictures that one cannot read.
+        """
         self.run, self.runner, self.writer = run, runner, writer
         self.images = ImageFormat(run.model.resampler.num_latents, run.model.vision.image_size)
         self.tokenizer = KosmosTokenizer.load(run.data.tokenizer)
@@ -41,7 +45,7 @@ class HeldoutEvaluation:
         self.geometry = BatchGeometry(
             run.training.micro_batch_size, run.training.global_batch_size, topology.dp_rank, topology.dp_size
         )
-        self.pictures = self._caption_pictures()
+        self.num_pictures, self.pictures, self.captions = self._read_pictures()
 
     def after_step(self, report: StepReport) -> None:
         """Evaluate if it is time to."""
@@ -49,11 +53,11 @@ class HeldoutEvaluation:
             return
         with self.runner.timers.section("evaluate"):
             report.scalars.update(self.losses())
-            if self.pictures:
+            if self.num_pictures:
                 captioned = self.caption()
-                matches = [a == b for a, b in zip(captioned.expected, captioned.generated, strict=True)]
-                report.scalars["heldout_caption_exact_match"] = sum(matches) / len(matches)
                 if self.writer is not None:
+                    matches = [a == b for a, b in zip(captioned.expected, captioned.generated, strict=True)]
+                    report.scalars["heldout_caption_exact_match"] = sum(matches) / len(matches)
                     cards = [f"{g}  (is: {e})" for g, e in zip(captioned.generated, captioned.expected, strict=True)]
                     self.writer.images_with_captions("heldout", report.step, captioned.images, cards)
 
@@ -68,9 +72,9 @@ class HeldoutEvaluation:
                 self.images,
                 self.geometry,
                 self.run.evaluation.sequences,
-                decode_images=self.runner.topology.is_first_stage,
+                part_of(self.runner.topology),
             )
-            for microbatches in batches:
+            for microbatches in read_together(batches, self.runner.topology):
                 measured = self.runner.evaluate(microbatches)
                 sums[corpus.kind] = sums.get(corpus.kind, 0.0) + measured.losses[corpus.kind]
                 targets[corpus.kind] = targets.get(corpus.kind, 0) + measured.targets[corpus.kind]
@@ -81,13 +85,14 @@ class HeldoutEvaluation:
 
         The whole prefix runs through the pipeline for every token: for a handful of pictures, not for a benchmark.
         """
-        images = torch.stack([load_image(picture, self.images.size) for picture, _ in self.pictures])
         generated: list[str] = []
-        for chunk in images.split(self.run.training.micro_batch_size):
-            generated += self._caption_microbatch(chunk)
-        return Captioned(images, [text for _, text in self.pictures], generated)
+        size = self.run.training.micro_batch_size
+        for first in range(0, self.num_pictures, size):
+            num_images = min(size, self.num_pictures - first)
+            generated += self._caption_microbatch(self.pictures[first : first + num_images], num_images)
+        return Captioned(self.pictures, self.captions, generated)
 
-    def _caption_microbatch(self, images: Tensor) -> list[str]:
+    def _caption_microbatch(self, images: Tensor, num_images: int) -> list[str]:
         tokenizer, rows = self.tokenizer, self.run.training.micro_batch_size
         prefix = [tokenizer.bos_id, tokenizer.image_id]
         first_slot = len(prefix)
@@ -97,17 +102,35 @@ class HeldoutEvaluation:
         num_tokens = min(self.run.evaluation.caption_tokens, length - len(prefix))
         ids_BT = torch.full((rows, length), tokenizer.pad_id)
         ids_BT[:, : len(prefix)] = torch.tensor(prefix)
-        positions = torch.tensor([(row, first_slot) for row in range(len(images))])
+        positions = torch.tensor([(row, first_slot) for row in range(num_images)])
         for column in range(len(prefix), len(prefix) + num_tokens):
             batch = MultimodalBatch.of_prompts(ids_BT, images, positions)
             ids_BT[:, column] = self.runner.likeliest_tokens(batch, column - 1)
-        answers = ids_BT[: len(images), len(prefix) : len(prefix) + num_tokens].tolist()
+        answers = ids_BT[:num_images, len(prefix) : len(prefix) + num_tokens].tolist()
         return [tokenizer.decode(_until(answer, tokenizer.eos_id)) for answer in answers]
 
-    def _caption_pictures(self) -> Sequence[tuple[Image.Image, str]]:
-        count = self.run.evaluation.captions
+    def _read_pictures(self) -> tuple[int, Tensor, list[str]]:
+        """Return how many pictures are captioned, the pictures [I, 3, S, S], and what the corpora say of them.
+
+        Tensor rank 0 of stage 0 reads: broadcast of the pictures over its tensor group, of their number to all stages.
+        """
+        topology, count, size = self.runner.topology, self.run.evaluation.captions, self.images.size
         corpora = [corpus for corpus in self.run.data.heldout if corpus.kind == "caption"]
-        return [pair for corpus in corpora for pair in heldout_captions(self.run.data, corpus, count)][:count]
+        reads = topology.is_first_stage and topology.tp_rank == 0
+        with failing_together(topology):
+            pairs = [pair for corpus in corpora if reads for pair in heldout_captions(self.run.data, corpus, count)][
+                :count
+            ]
+        number = torch.tensor(len(pairs), device=topology.device)
+        dist.broadcast(number, group=topology.tp_group, group_src=0)
+        dist.broadcast(number, group=topology.pp_group, group_src=0)
+        if not topology.is_first_stage or not number:
+            return int(number), torch.zeros(0, 3, size, size), []
+        pictures = torch.empty(int(number), 3, size, size, device=topology.device)
+        if reads:
+            pictures.copy_(torch.stack([load_image(picture, size) for picture, _ in pairs]))
+        dist.broadcast(pictures, group=topology.tp_group, group_src=0)
+        return int(number), pictures.cpu(), [text for _, text in pairs]
 
     def close(self) -> None:
         """Nothing is open."""

@@ -1,6 +1,7 @@
 """A training run from its configuration to its last checkpoint."""
 
 import logging
+from contextlib import closing
 
 import torch
 import torch.distributed as dist
@@ -13,6 +14,7 @@ from megatron_kosmos.engine.builder import build_stage
 from megatron_kosmos.engine.callbacks import Checkpointing, Metrics, PackingMetrics, Profiling
 from megatron_kosmos.engine.checkpointing import CHECKPOINTS, CheckpointStore
 from megatron_kosmos.engine.heldout import HeldoutEvaluation
+from megatron_kosmos.engine.reading import failing_together, part_of, read_together
 from megatron_kosmos.engine.train_step import StepRunner
 from megatron_kosmos.engine.trainable import trainable_text
 from megatron_kosmos.engine.trainer import Callback, Trainer
@@ -28,12 +30,13 @@ PLANS = "plans"
 def train(run: RunConfig, device: torch.device) -> None:
     """Train `run` on every rank of the running process group, from its newest checkpoint if it has one.
 
-    Raises ConfigError where `optimizer.groups` doesn't fit the model, CheckpointError where the checkpoint holds
-    another model or other data, DataError for broken corpora.
+    Raises, on every rank alike: ConfigError where `optimizer.groups` doesn't fit the model, CheckpointError where the
+    checkpoint holds another model or other data, ReadingFailed for corpora that a rank cannot read.
     """
     topology = build_topology(run.parallel, device)
     store = CheckpointStore(run.run_dir / CHECKPOINTS, topology, run.checkpoint.keep_last)
-    data = data_fingerprint(run.data)
+    with failing_together(topology):
+        data = data_fingerprint(run.data)
     stage, first_step = build_stage(run, topology, store, data)
     logger.info("%s: %s", topology.describe(), "from the start" if not first_step else f"resumed at step {first_step}")
     if dist.get_rank() == 0:
@@ -42,8 +45,9 @@ def train(run: RunConfig, device: torch.device) -> None:
         logger.info("%s has all its %d steps", run.run_dir, run.training.steps)
         return
     runner = StepRunner(run, stage, topology)
-    loader = _loader(run, topology)
-    packing = loader.packing_report()
+    with failing_together(topology):
+        loader = _loader(run, topology)
+        packing = loader.packing_report()
     if dist.get_rank() == 0:
         logger.info("%s", packing)
     writer = MetricsWriter(run.run_dir, first_step + 1) if dist.get_rank() == 0 else None
@@ -56,16 +60,16 @@ def train(run: RunConfig, device: torch.device) -> None:
     if writer is not None:
         callbacks.append(PackingMetrics(run, packing))
         callbacks.append(Metrics(run, runner, writer, dist.get_world_size(), first_step))
-    Trainer(run, runner, callbacks).train(first_step, loader.steps(first_step, run.training.steps))
+    with closing(read_together(loader.steps(first_step, run.training.steps), topology)) as steps:
+        Trainer(run, runner, callbacks).train(first_step, steps)
     if loader.num_bad_images:
         logger.warning("%d pictures did not decode and were shown blank", loader.num_bad_images)
 
 
 def _loader(run: RunConfig, topology: Topology) -> StepLoader:
-    """Return this data rank's batches; only the first stage decodes pictures."""
+    """Return what this rank reads of its data rank's batches."""
     geometry = BatchGeometry(
         run.training.micro_batch_size, run.training.global_batch_size, topology.dp_rank, topology.dp_size
     )
     images = ImageFormat(run.model.resampler.num_latents, run.model.vision.image_size)
-    decode_images, plans = topology.is_first_stage, run.run_dir / PLANS
-    return StepLoader(run.data, images, geometry, run.training.seed, decode_images, plans)
+    return StepLoader(run.data, images, geometry, run.training.seed, part_of(topology), run.run_dir / PLANS)

@@ -98,8 +98,9 @@ class StepRunner:
     def likeliest_tokens(self, batch: MultimodalBatch, column: int) -> Tensor:
         """Return the likeliest token [B] after position `column` of each row, on every rank.
 
-        All ranks pass the same batch. Broadcast from the last stage.
+        All ranks pass the same batch, with all images. Broadcast from the last stage.
         """
+        batch = batch.for_tensor_rank(self.topology.tp_rank, self.topology.tp_size)
         for chunk in self.stage.chunks:
             chunk.eval()
 

@@ -25,7 +25,7 @@ from megatron_kosmos.model.magneto import decoder_submodules
 from megatron_kosmos.model.recomputation import DecoderBlock
 from megatron_kosmos.model.resampler import PerceiverResampler
 from megatron_kosmos.model.vision import VisionTower
-from megatron_kosmos.parallel.images import gather_image_embeddings, local_images
+from megatron_kosmos.parallel.images import fill_up, gather_image_embeddings
 from megatron_kosmos.parallel.stages import Chunk
 from megatron_kosmos.parallel.topology import Topology
 
@@ -104,15 +104,18 @@ class KosmosModel(MegatronModule):
         """Return the logits [B, T, V] of a model that this rank's stage holds whole."""
         return self(batch, wants_logits=True)
 
-    def embed_images(self, images: Tensor) -> Tensor:
-        """Return embeddings [I', L, D] of images [I, 3, S, S], I' ≥ I: blank ones fill up the tensor ranks' shares."""
-        shard = local_images(images.to(self.config.params_dtype), self.topology.tp_group)
+    def embed_images(self, images: Tensor, num_images: int) -> Tensor:
+        """Return embeddings [I', L, D] of I images, this tensor rank's share of which are `images` [J, 3, S, S].
+
+        I' ≥ I: blank ones fill up the shares.
+        """
+        shard = fill_up(images.to(self.config.params_dtype), num_images, self.topology.tp_group)
         return gather_image_embeddings(self.resampler(self.vision_tower(shard)), self.topology.tp_group)
 
     def _decode(self, batch: MultimodalBatch) -> Tensor:
         hidden_TBD = None
         if self.chunk.is_first:
-            images_ILD = self.embed_images(batch.images)
+            images_ILD = self.embed_images(batch.images, len(batch.image_positions))
             hidden_TBD = self.embedding(batch.input_ids, batch.position_ids, images_ILD, batch.image_positions)
         segments = segments_of(batch, batch.input_ids.device)
         return self.decoder(hidden_TBD, attention_mask=None, packed_seq_params=segments)

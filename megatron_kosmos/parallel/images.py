@@ -1,6 +1,6 @@
-"""Splitting a microbatch's images over the tensor-parallel ranks of stage 0, and bringing the embeddings together.
+"""A microbatch's images on the tensor-parallel ranks of stage 0: equal shares, and bringing the embeddings together.
 
-Shape letters: I images, S image side, L latents, D decoder width.
+Shape letters: I images, J of them this rank's share, S image side, L latents, D decoder width.
 """
 
 import torch
@@ -8,17 +8,17 @@ import torch.distributed as dist
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from torch import Tensor
 
+from megatron_kosmos.batch import images_a_rank
 
-def local_images(images: Tensor, tp_group: dist.ProcessGroup) -> Tensor:
-    """Return this rank's share [ceil(I / tp), 3, S, S] of `images` [I, 3, S, S], the same on all ranks of `tp_group`.
 
-    The images are filled up with blank ones, at least one a rank: every microbatch then runs the same operations,
-    whatever it holds (a rank that skipped the vision side would abort or hang ZeRO 2 and 3).
+def fill_up(images: Tensor, num_images: int, tp_group: dist.ProcessGroup) -> Tensor:
+    """Return this rank's share `images` [J, 3, S, S] of `num_images` filled up with blank ones: [max(1, I / tp), …].
+
+    Every microbatch then runs the same operations on every rank, whatever it holds (a rank that skipped the vision side
+    would abort or hang ZeRO 2 and 3). Which images are a rank's: `batch.share_of_images`.
     """
-    size, rank = dist.get_world_size(tp_group), dist.get_rank(tp_group)
-    share = max(1, -(-images.shape[0] // size))
-    blank = images.new_zeros(share * size - images.shape[0], *images.shape[1:])
-    return torch.cat([images, blank])[rank * share : (rank + 1) * share]
+    num_blank = images_a_rank(num_images, dist.get_world_size(tp_group)) - images.shape[0]
+    return torch.cat([images, images.new_zeros(num_blank, *images.shape[1:])])
 
 
 def gather_image_embeddings(embeddings: Tensor, tp_group: dist.ProcessGroup) -> Tensor:

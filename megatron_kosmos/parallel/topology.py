@@ -105,8 +105,10 @@ def build_topology(parallel: ParallelConfig, device: torch.device) -> Topology:
     )
 
 
-def stop_process_group() -> None:
-    """Leave the process groups, so that the interpreter can end."""
+def stop_process_group(wait_for_all: bool = False) -> None:
+    """Leave the process groups, so that the interpreter can end; with `wait_for_all` not before every rank is here."""
+    if wait_for_all:
+        dist.barrier()
     parallel_state.destroy_model_parallel()
     # megatron-core forgets this one: a process forked later would wait, in its destructor, for a thread that is gone.
     parallel_state._INTRA_PARTIAL_DATA_PARALLEL_GROUP_WITH_CP = None

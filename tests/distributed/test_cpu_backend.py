@@ -47,7 +47,7 @@ def modules_after_training(run: RunConfig) -> tuple[list[str], list[str], list[s
     before = real_torch()
     topology = build_topology(run.parallel, torch.device("cpu"))
     stage, _ = build_stage(run, topology)
-    result = StepRunner(run, stage, topology).train(0, rank_batches(0, "timm", topology.dp_rank, topology.dp_size))
+    result = StepRunner(run, stage, topology).train(0, rank_batches(0, "timm", topology))
     assert result.grad_norm > 0
     after = real_torch()
     changed = [name for name, thing in before.items() if after[name] is not thing]

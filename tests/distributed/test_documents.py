@@ -19,7 +19,7 @@ from megatron_kosmos.model.names import named_parameters
 from megatron_kosmos.parallel.randomness import seed_microbatch
 from megatron_kosmos.parallel.topology import build_topology
 from tests.distributed.harness import run_ranks
-from tests.distributed.tiny import LATENTS, LENGTH, SIDE, VOCAB, tiny_run
+from tests.distributed.tiny import LATENTS, LENGTH, SIDE, VOCAB, as_seen_by, tiny_run
 from tests.distributed.training import record_gradients
 
 pytestmark = pytest.mark.distributed
@@ -209,7 +209,8 @@ def first_step(run: RunConfig) -> tuple[float, dict[str, Tensor]]:
     topology = build_topology(run.parallel, torch.device("cpu"))
     stage, _ = build_stage(run, topology)
     gradients = record_gradients(stage, topology)
-    result = StepRunner(run, stage, topology).train(0, packed_step()[topology.dp_rank :: topology.dp_size])
+    batches = [as_seen_by(topology, batch) for batch in packed_step()[topology.dp_rank :: topology.dp_size]]
+    result = StepRunner(run, stage, topology).train(0, batches)
     return result.sums.mean, gradients
 
 

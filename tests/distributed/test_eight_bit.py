@@ -71,7 +71,7 @@ def train_rank(run: RunConfig, root: Path, stop: int, save_at: int | None, follo
     pattern = "timm ittt" if topology.dp_size < 3 else "timmit itttmm"
     series = []
     for step in range(first, stop):
-        result = runner.train(step, rank_batches(step % 2, pattern, topology.dp_rank, topology.dp_size))
+        result = runner.train(step, rank_batches(step % 2, pattern, topology))
         series.append((result.sums.mean, result.grad_norm))
         if step + 1 == save_at:
             store.save(save_at, stage, {"config": run.model_dump(mode="json")})

@@ -30,7 +30,7 @@ def evaluate_rank(run: RunConfig) -> tuple[LossSums, list[int]]:
     topology = build_topology(run.parallel, torch.device("cpu"))
     stage, _ = build_stage(run, topology)
     runner = StepRunner(run, stage, topology)
-    sums = runner.evaluate(rank_batches(0, "timm", topology.dp_rank, topology.dp_size))
+    sums = runner.evaluate(rank_batches(0, "timm", topology))
     tokens = runner.likeliest_tokens(step_batches(1, "m")[0], column=run.data.sequence_length - 1)
     return sums, tokens.tolist()
 

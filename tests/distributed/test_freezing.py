@@ -180,7 +180,7 @@ def outputs_with_graph(run: RunConfig) -> dict[str, bool]:
                 watch(f"vision {number}", layer)
             watch("resampler", chunk.resampler)
             watch("words", chunk.embedding)
-    StepRunner(run, stage, topology).train(0, rank_batches(0, "timm", topology.dp_rank, topology.dp_size))
+    StepRunner(run, stage, topology).train(0, rank_batches(0, "timm", topology))
     return seen
 
 

@@ -16,7 +16,7 @@ from megatron_kosmos.model.attention import CausalAttention
 from megatron_kosmos.model.kosmos import KosmosModel
 from megatron_kosmos.parallel.topology import build_topology
 from tests.distributed.harness import run_ranks
-from tests.distributed.tiny import LENGTH, MICRO, step_batches, tiny_run
+from tests.distributed.tiny import LENGTH, MICRO, as_seen_by, step_batches, tiny_run
 
 pytestmark = pytest.mark.distributed
 
@@ -54,7 +54,7 @@ def stream_states(run: RunConfig) -> dict[Place, tuple[str, str]]:
         chunk.register_forward_pre_hook(note)
     runner = StepRunner(run, stage, topology)
     for step in range(NUM_STEPS):
-        runner.train(step, step_batches(0, "m") * NUM_MICROBATCHES)
+        runner.train(step, [as_seen_by(topology, step_batches(0, "m")[0])] * NUM_MICROBATCHES)
     return states
 
 

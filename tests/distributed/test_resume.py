@@ -54,7 +54,7 @@ def train_rank(run: RunConfig, root: Path, stop: int, save_at: int | None) -> li
     series = []
     for step in range(start, stop):
         pattern = "timm eeee ittt" if topology.dp_size < 3 else "timmit eeeeee itttmm"
-        result = runner.train(step, rank_batches(step, pattern, topology.dp_rank, topology.dp_size))
+        result = runner.train(step, rank_batches(step, pattern, topology))
         series.append((result.sums.mean, result.grad_norm))
         if step + 1 == save_at:
             store.save(save_at, stage, {"config": run.model_dump(mode="json")})
@@ -115,7 +115,7 @@ def state_after_resume(run: RunConfig, root: Path) -> tuple[dict[str, dict[str, 
         for one in stage.named
     }
     updates = optimizer.updates
-    batches = rank_batches(start, "timm", topology.dp_rank, topology.dp_size)
+    batches = rank_batches(start, "timm", topology)
     result = StepRunner(run, stage, topology).train(start, batches)
     assert result.grad_norm > 0
     return state, updates, messages

@@ -1,5 +1,6 @@
 """A KOSMOS small enough to train in a second, and random batches of every kind for it."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -7,6 +8,7 @@ import torch
 from megatron_kosmos.batch import MultimodalBatch, row_starts
 from megatron_kosmos.config import RunConfig
 from megatron_kosmos.config.loader import parse_config
+from megatron_kosmos.parallel.topology import Topology
 
 LENGTH, LATENTS, SIDE, VOCAB, MICRO = 24, 3, 16, 90, 2
 FIRST_DOCUMENT = 9
@@ -86,9 +88,20 @@ def step_batches(step: int, pattern: str) -> list[MultimodalBatch]:
     return [_microbatch(1000 * step + index, letter) for index, letter in enumerate(letters)]
 
 
-def rank_batches(step: int, pattern: str, dp_rank: int, dp_size: int) -> list[MultimodalBatch]:
-    """Return the microbatches of one data rank: every dp_size-th of the global ones."""
-    return step_batches(step, pattern)[dp_rank::dp_size]
+def rank_batches(step: int, pattern: str, topology: Topology) -> list[MultimodalBatch]:
+    """Return the microbatches of one rank: every dp_size-th of the global ones, as far as the rank needs them."""
+    mine = step_batches(step, pattern)[topology.dp_rank :: topology.dp_size]
+    return [as_seen_by(topology, batch) for batch in mine]
+
+
+def as_seen_by(topology: Topology, batch: MultimodalBatch) -> MultimodalBatch:
+    """Return the batch with what the loader gives a rank: its share of images, tokens at the ends of the pipeline."""
+    batch = batch.for_tensor_rank(topology.tp_rank, topology.tp_size)
+    if not topology.is_first_stage:
+        batch = replace(batch, images=batch.images[:0])
+    if not topology.is_first_stage and not topology.is_last_stage:
+        batch = replace(batch, input_ids=batch.input_ids[:, :0], labels=batch.labels[:, :0])
+    return batch
 
 
 def _microbatch(seed: int, letter: str) -> MultimodalBatch:

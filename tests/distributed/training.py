@@ -50,7 +50,7 @@ def train_rank(run: RunConfig, pattern: str, num_steps: int) -> dict[str, Any]:
     gradients = record_gradients(stage, topology)
     losses, norms = [], []
     for step in range(num_steps):
-        result = runner.train(step, rank_batches(step, pattern, topology.dp_rank, topology.dp_size))
+        result = runner.train(step, rank_batches(step, pattern, topology))
         norms.append(result.grad_norm)
         losses.append(result.sums.mean)
     return {"losses": losses, "grad_norms": norms, "gradients": gradients, "weights": whole_weights(stage, topology)}

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import CLIPVisionModel
 
+from megatron_kosmos.batch import share_of_images
 from megatron_kosmos.config import PerceiverConfig, RunConfig, VisionConfig
 from megatron_kosmos.model.vision import VisionTower, clip_config
 from megatron_kosmos.parallel.topology import build_topology
@@ -178,7 +179,8 @@ def embed_on_ranks(cases: dict[str, tuple[RunConfig, dict[str, Tensor], str]]) -
         for num_images in NUM_IMAGES:
             chunk.zero_grad()
             images = draw(max(NUM_IMAGES), 3, SIDE, SIDE, precision=precision)[:num_images]
-            embeddings = chunk.embed_images(images)[:num_images]
+            share = share_of_images(num_images, topology.tp_rank, topology.tp_size)
+            embeddings = chunk.embed_images(images[share], num_images)[:num_images]
             (embeddings * direction_of(embeddings)).sum().backward()
             results[name][num_images] = Embedded(embeddings.detach(), whole_gradients(chunk, weights, topology))
     return results

@@ -11,7 +11,7 @@ import torch
 
 from megatron_kosmos.batch import MultimodalBatch
 from megatron_kosmos.config import CorpusConfig, DataConfig
-from megatron_kosmos.data.collate import Collator, ImageFormat
+from megatron_kosmos.data.collate import Collator, ImageFormat, RankPart
 from megatron_kosmos.data.corpus import Corpus
 from megatron_kosmos.data.loader import BatchGeometry, StepLoader, heldout_batches
 from megatron_kosmos.data.mixture import Sample
@@ -67,7 +67,7 @@ def collate(text: CorpusConfig, tokenizer: KosmosTokenizer) -> Callable[..., Mul
 
     def make(rows: Sequence[PackedRow], mask_documents: bool = True) -> MultimodalBatch:
         corpora = [Corpus(text, tokenizer)]
-        collator = Collator(corpora, IMAGES, decode_images=True, stop_at_bad_image=True, mask_documents=mask_documents)
+        collator = Collator(corpora, IMAGES, part=RankPart(), stop_at_bad_image=True, mask_documents=mask_documents)
         return collator([Sample(0, one, number) for number, one in enumerate(rows)]).unwrap()
 
     return make
@@ -160,7 +160,7 @@ def test_tokens_are_those_of_plain_packing(data: DataConfig) -> None:
 
 def test_heldout_rows_are_masked_like_training_rows(data: DataConfig) -> None:
     (corpus,) = data.heldout
-    steps = heldout_batches(data, corpus, IMAGES, ONE_RANK, 4, decode_images=True)
+    steps = heldout_batches(data, corpus, IMAGES, ONE_RANK, 4)
     batches = [batch for step in steps for batch in step]
     assert any(batch.masks_documents for batch in batches)
     for batch in batches:

@@ -69,7 +69,7 @@ def test_an_image_index_that_points_at_other_tokens(captions: CorpusConfig, toke
     data[-1] = 2
     data.tofile(path)
     with pytest.raises(DataError, match="the <image> tokens of document 1 are not where the image index says"):
-        Corpus(captions, tokenizer).image_positions(1)
+        Corpus(captions, tokenizer).tokens(1)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,14 @@ from megatron_kosmos.config import CorpusConfig, DataConfig
 from megatron_kosmos.data.errors import DataError
 from megatron_kosmos.data.image_store import ImageStore
 from megatron_kosmos.data.images import load_image
-from megatron_kosmos.data.loader import BatchGeometry, ImageFormat, StepLoader, heldout_batches, heldout_captions
+from megatron_kosmos.data.loader import (
+    BatchGeometry,
+    ImageFormat,
+    RankPart,
+    StepLoader,
+    heldout_batches,
+    heldout_captions,
+)
 from megatron_kosmos.data.tokenizer import KosmosTokenizer
 from megatron_kosmos.data.tokenizer_making import TrainingSettings, train_tokenizer
 from megatron_kosmos.prompt import SOURCE_KINDS, SourceKind
@@ -135,7 +142,9 @@ def test_leaving_early_ends_the_workers(data: DataConfig) -> None:
 
 
 def test_ranks_without_the_vision_tower_know_where_pictures_are(data: DataConfig) -> None:
-    blind = StepLoader(data.model_copy(update={"num_workers": 2}), IMAGES, ONE_RANK, seed=5, decode_images=False)
+    blind = StepLoader(
+        data.model_copy(update={"num_workers": 2}), IMAGES, ONE_RANK, seed=5, part=RankPart(images=False)
+    )
     for seeing, other in zip(read(data, ONE_RANK, 0, 1)[0], next(blind.steps(0, 1)), strict=True):
         assert other.images.shape == (0, 3, 8, 8)
         assert torch.equal(other.image_positions, seeing.image_positions)

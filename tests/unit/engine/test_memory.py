@@ -41,7 +41,7 @@ def planned_and_held(run: RunConfig) -> tuple[RankMemory, RankMemory]:
     chunks = build_chunks(run, derive_transformer_config(run), topology)
     planned = rank_memory((named for chunk in chunks for named in named_parameters(chunk)), run, topology.dp_size)
     del chunks
-    batches = rank_batches(0, "tttt", topology.dp_rank, topology.dp_size)
+    batches = rank_batches(0, "tttt", topology)
     gc.freeze()  # What lives now is not counted, and the forked parent's pages stay untouched.
     stage, _ = build_stage(run, topology)
     held: list[RankMemory] = []

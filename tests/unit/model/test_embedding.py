@@ -74,7 +74,7 @@ def embed_mixed_batch(run: RunConfig) -> tuple[Tensor, Tensor, Tensor]:
     (chunk,) = build_chunks(run, derive_transformer_config(run), topology)
     initialize(chunk, run.training.seed)
     batch = step_batches(0, "m")[0]
-    images = chunk.embed_images(batch.images)
+    images = chunk.embed_images(batch.images, len(batch.images))
     hidden_TBD = chunk.embedding(batch.input_ids, batch.position_ids, images, batch.image_positions)
     parts = chunk.embedding.word_embeddings.weight[batch.input_ids].clone()
     for (row, column), image in zip(batch.image_positions.tolist(), images, strict=True):

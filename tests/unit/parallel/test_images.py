@@ -5,8 +5,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_kosmos.batch import share_of_images
 from megatron_kosmos.config import ParallelConfig
-from megatron_kosmos.parallel.images import gather_image_embeddings, local_images
+from megatron_kosmos.parallel.images import fill_up, gather_image_embeddings
 from megatron_kosmos.parallel.topology import build_topology
 from tests.distributed.harness import run_ranks
 
@@ -27,7 +28,8 @@ def share_and_gather_all(tp_size: int) -> list[tuple[Tensor, Tensor, Tensor]]:
 
 def share_and_gather(num_images: int, group: dist.ProcessGroup) -> tuple[Tensor, Tensor, Tensor]:
     """Return this rank's images, the gathered embeddings, and the gradient of its own embeddings."""
-    share = local_images(some_images(num_images), group)
+    mine = share_of_images(num_images, dist.get_rank(group), dist.get_world_size(group))
+    share = fill_up(some_images(num_images)[mine], num_images, group)
     embeddings = share.mean((1, 2, 3)).view(-1, 1, 1).expand(-1, LATENTS, WIDTH).clone().requires_grad_()
     gathered = gather_image_embeddings(embeddings, group)
     # What comes after is computed alike on every tensor rank, so it gives each the same gradient.
