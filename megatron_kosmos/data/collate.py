@@ -79,9 +79,7 @@ class Collator:
         rows = [sample.row for sample in samples]
         bad_images: list[str] = []
         numbers = [(sample, number) for sample in samples for number in range(len(sample.row.images))]
-        pictures = [
-            self._picture(sample, number, bad_images) for sample, number in numbers[self._mine(len(numbers))]
-        ]
+        pictures = [self._picture(sample, number, bad_images) for sample, number in numbers[self._mine(len(numbers))]]
         places = [(number, column) for number, row in enumerate(rows) for column in row.image_columns]
         input_ids = torch.from_numpy(np.stack([row.input_ids for row in rows]))
         starts, positions = self._documents(rows)

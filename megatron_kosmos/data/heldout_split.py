@@ -1,9 +1,11 @@
 """Held-out documents of a corpus, chosen by a hash of their tokens: the same text is on the same side in every corpus.
 
-Shape letters: D documents.
+To hash takes half a minute for ten million documents, so one process does and writes `KEY.split` beside the plans of
+the run: the numbers D of all documents and H of held-out ones, the held-out documents, and the others.
 """
 
-from functools import lru_cache
+import hashlib
+import logging
 from pathlib import Path
 from typing import Literal
 
@@ -16,9 +18,14 @@ from megatron_kosmos.data.errors import DataError
 from megatron_kosmos.data.hashing import Uint64Array, mix_all
 from megatron_kosmos.data.indexed import IndexedReader
 from megatron_kosmos.data.manifest import Manifest, read_manifest
+from megatron_kosmos.data.shared_files import locked, read_arrays, write_arrays
+
+logger = logging.getLogger(__name__)
 
 Side = Literal["train", "heldout"]
 
+FORMAT = 1
+"""To be raised with any change of the files or of the hash: splits of another format are not looked at."""
 HASHED_TOKENS = 64
 """The hash is of a document's length and of so many tokens at its beginning. Equal documents have equal hashes, and the
 corpus need not be read as a whole."""
@@ -26,16 +33,16 @@ CHUNK = 1 << 13
 """Documents that are hashed at a time."""
 
 
-def documents_of(corpus: Corpus, config: CorpusConfig, side: Side) -> Int64Array:
-    """Return the documents that `config` means when it stands in `data.train` or `data.heldout`, sorted.
+def documents_of(corpus: Corpus, config: CorpusConfig, side: Side, folder: Path | None = None) -> Int64Array | None:
+    """Return the documents that `config` means when it stands in `data.train` or `data.heldout`, sorted; None for all.
 
-    Reads the beginning of every document once a process. Raises DataError when none are left.
+    Reads the beginning of every document, unless another process has left the split in `folder`. Raises DataError when
+    no documents are left.
     """
     if config.heldout_fraction is None:
-        return np.arange(len(corpus))
-    checksum = _tokens_checksum(corpus.manifest)
-    heldout = _heldout_documents(corpus.prefix, checksum, config.heldout_fraction)
-    documents = heldout if side == "heldout" else np.setdiff1d(np.arange(len(corpus)), heldout, assume_unique=True)
+        return None
+    heldout, train = _split(corpus, config.heldout_fraction, folder)
+    documents = heldout if side == "heldout" else train
     if len(documents) == 0:
         raise DataError(
             f"{corpus.prefix}: heldout_fraction={config.heldout_fraction} leaves none of its {len(corpus)} documents "
@@ -67,15 +74,37 @@ def _tokens_checksum(manifest: Manifest) -> str:
     return next(record.sha256 for name, record in manifest.files.items() if name.endswith(".bin"))
 
 
-@lru_cache(maxsize=32)  # every evaluation opens its corpora again
-def _heldout_documents(prefix: Path, checksum: str, fraction: float) -> Int64Array:
-    """Return the documents whose hash is in the lowest `fraction`; `checksum` is the content at `prefix`."""
-    reader = IndexedReader(prefix)
+def _split(corpus: Corpus, fraction: float, folder: Path | None) -> tuple[Int64Array, Int64Array]:
+    """Return the held-out documents and the others: what is in `folder`, or what others then find there."""
+    if folder is None:
+        return _hash_and_split(corpus, fraction)
+    checksums = sorted(record.sha256 for record in corpus.manifest.files.values())
+    key = hashlib.sha256(repr((FORMAT, HASHED_TOKENS, fraction, checksums)).encode()).hexdigest()[:16]
+    path = folder / f"{key}.split"
+    with locked(folder / f"{key}.lock"):
+        content = read_arrays(path)
+        if content is not None and len(content) == 2 + len(corpus) == 2 + content[0]:
+            heldout, train = np.split(content[2:], [int(content[1])])
+            return heldout, train
+        heldout, train = _hash_and_split(corpus, fraction)
+        try:
+            write_arrays(path, [np.array([len(corpus), len(heldout)]), heldout, train])
+        except OSError as error:
+            logger.warning(
+                "every process hashes the documents of %s: %s cannot be written: %s", corpus.prefix, path, error
+            )
+    return heldout, train
+
+
+def _hash_and_split(corpus: Corpus, fraction: float) -> tuple[Int64Array, Int64Array]:
+    """Return the documents whose hash is in the lowest `fraction`, and the others."""
+    reader = IndexedReader(corpus.prefix)
     limit = np.uint64(int(fraction * 2**64))
-    chunks = range(0, len(reader), CHUNK)
-    return np.concatenate(
-        [first + np.flatnonzero(_hashes(reader, first, min(first + CHUNK, len(reader))) < limit) for first in chunks]
-    )
+    is_heldout = np.zeros(len(reader), dtype=np.bool_)
+    for first in range(0, len(reader), CHUNK):
+        stop = min(first + CHUNK, len(reader))
+        is_heldout[first:stop] = _hashes(reader, first, stop) < limit
+    return np.flatnonzero(is_heldout), np.flatnonzero(~is_heldout)
 
 
 def _hashes(reader: IndexedReader, first: int, stop: int) -> Uint64Array:

@@ -9,7 +9,7 @@ G is the global batch size; S in shapes is the image side.
 
 import logging
 from collections.abc import Generator, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -35,12 +35,10 @@ __all__ = ["BatchGeometry", "ImageFormat", "RankPart", "StepLoader", "heldout_ba
 
 logger = logging.getLogger(__name__)
 
-WHOLE = RankPart()
-
 
 @dataclass(frozen=True)
 class BatchGeometry:
-    """How a step's samples are shared out."""
+    """How a step's samples are shared out, and what this rank has of them."""
 
     micro_batch_size: int
     global_batch_size: int
@@ -48,6 +46,7 @@ class BatchGeometry:
     dp_size: int = 1
     skip_steps: tuple[tuple[int, int], ...] = ()
     """Stretches of steps, counted from 1, whose samples are passed over (`data.skip_steps`)."""
+    part: RankPart = field(default_factory=RankPart)
 
     def __post_init__(self) -> None:
         if self.global_batch_size % (self.micro_batch_size * self.dp_size):
@@ -86,23 +85,22 @@ class StepLoader:
         images: ImageFormat,
         geometry: BatchGeometry,
         seed: int,
-        part: RankPart = WHOLE,
         plan_folder: Path | None = None,
     ) -> None:
         """Open the corpora.
 
-        What is packed into which row is planned once for all processes that share `plan_folder`; without it each worker
-        process plans and holds it for itself. Raises DataError when tokenizer or corpora are damaged or don't fit each
-        other.
+        What is packed into which row, and what is held out, is planned once for all processes that share `plan_folder`;
+        without it each worker process plans and holds it for itself. Raises DataError when tokenizer or corpora are
+        damaged or don't fit each other.
         """
-        packers = _open_packers(data, data.train, images, part, "train")
+        packers = [_open_packer(data, corpus, images, geometry.part, ("train", plan_folder)) for corpus in data.train]
         augmenter = None if data.augmentation is None else Augmenter(data.augmentation, seed)
-        collator = _collator(data, images, packers, part, augmenter)
+        collator = _collator(data, images, packers, geometry.part, augmenter)
         weights, num_epochs = [corpus.weight for corpus in data.train], [corpus.epochs for corpus in data.train]
         self._mixture = Mixture(packers, weights, seed, data.packing, num_epochs, PlanStore(plan_folder))
         self._data, self._geometry = data, replace(geometry, skip_steps=data.skip_steps)
         self._microbatches = _Microbatches(self._mixture, self._geometry, collator)
-        self._num_workers = data.num_workers if part.images else 0
+        self._num_workers = data.num_workers if geometry.part.images else 0
         self.num_bad_images = 0
         """Pictures that did not decode and were replaced by a blank one so far (`on_bad_document: skip`)."""
 
@@ -157,22 +155,25 @@ def heldout_batches(
     images: ImageFormat,
     geometry: BatchGeometry,
     num_sequences: int,
-    part: RankPart = WHOLE,
+    plan_folder: Path | None = None,
 ) -> Generator[list[MultimodalBatch]]:
     """Yield the first `num_sequences` rows of `corpus`, or all if it has fewer, unshuffled, as `StepLoader.steps` does.
 
     Every rank gets the same number of microbatches: the last step is filled up with copies of the first row whose loss
-    mask is false everywhere. Raises DataError.
+    mask is false everywhere. `plan_folder` is that of the run, where what is held out is found. Raises DataError.
     """
-    (packer,) = packers = _open_packers(data, [corpus], images, part, "heldout")
+    part = geometry.part
+    packer = _open_packer(data, corpus, images, part, ("heldout", plan_folder))
     rows = _HeldoutRows(packer, num_sequences)
     num_steps = -(-len(rows) // geometry.global_batch_size)
-    microbatches = _Microbatches(rows, geometry, _collator(data, images, packers, part))
+    microbatches = _Microbatches(rows, geometry, _collator(data, images, [packer], part))
     for step in _read_steps(microbatches, range(num_steps), data.num_workers if part.images else 0):
         yield [microbatch.unwrap() for microbatch in step]
 
 
-def heldout_captions(data: DataConfig, corpus: CorpusConfig, n: int) -> list[tuple[Image.Image, str]]:
+def heldout_captions(
+    data: DataConfig, corpus: CorpusConfig, n: int, plan_folder: Path | None = None
+) -> list[tuple[Image.Image, str]]:
     """Return the first `n` pictures of a caption corpus, or all if it has fewer, each with its caption.
 
     Raises DataError for a corpus of another kind and for a picture that does not decode.
@@ -182,7 +183,8 @@ def heldout_captions(data: DataConfig, corpus: CorpusConfig, n: int) -> list[tup
     if opened.images is None or opened.kind != "caption":
         raise DataError(f"{corpus.prefix} holds {opened.kind} documents; captions need a corpus of kind: caption")
     pairs = []
-    for document in documents_of(opened, corpus, "heldout")[:n].tolist():
+    documents = documents_of(opened, corpus, "heldout", plan_folder)
+    for document in range(len(opened))[:n] if documents is None else documents[:n].tolist():
         (image,) = opened.images_of(document)
         try:
             picture = decode_image(opened.images.read(image))
@@ -248,22 +250,20 @@ def _unchanged(microbatch: Any) -> Any:
     return microbatch
 
 
-def _open_packers(
-    data: DataConfig, corpora: Sequence[CorpusConfig], images: ImageFormat, part: RankPart, side: Side
-) -> list[Packer]:
+def _open_packer(
+    data: DataConfig, config: CorpusConfig, images: ImageFormat, part: RankPart, split: tuple[Side, Path | None]
+) -> Packer:
+    """Open one side of a corpus; `split` has the folder where the documents of each side are kept, too."""
     tokenizer = KosmosTokenizer.load(data.tokenizer)
     row_format = RowFormat(sequence_length=data.sequence_length, num_latents=images.num_latents)
-    packers = []
-    for config in corpora:
-        corpus = Corpus(config, tokenizer)
-        documents = documents_of(corpus, config, side)
-        packer = Packer(corpus, row_format, tokenizer, data.on_bad_document == "skip", documents, part.tokens)
-        if packer.num_misfits:
-            logger.warning(
-                "%s: %d documents have too many pictures for a row and are left out", config.prefix, packer.num_misfits
-            )
-        packers.append(packer)
-    return packers
+    corpus = Corpus(config, tokenizer)
+    documents = documents_of(corpus, config, *split)
+    packer = Packer(corpus, row_format, tokenizer, data.on_bad_document == "skip", documents, part.tokens)
+    if packer.num_misfits:
+        logger.warning(
+            "%s: %d documents have too many pictures for a row and are left out", config.prefix, packer.num_misfits
+        )
+    return packer
 
 
 def _collator(

@@ -6,12 +6,10 @@ They are N pieces, R rows, whether there are offsets, the arrays of `EpochPlan`,
 taken for absent: data never depend on them.
 """
 
-import fcntl
 import hashlib
 import logging
-import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -21,6 +19,7 @@ from pydantic import NonNegativeInt, PositiveInt, ValidationError
 from megatron_kosmos.config.base import StrictModel
 from megatron_kosmos.data.cutting import Int64Array
 from megatron_kosmos.data.planning import EpochPlan
+from megatron_kosmos.data.shared_files import locked, write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -82,15 +81,15 @@ class PlanStore:
         if self._folder is None:
             return self._remember(key, epoch, make())
         path = self._folder / f"{key}-epoch{epoch}.plan"
-        with _locked(self._folder / f"{key}.lock"):
+        with locked(self._folder / f"{key}.lock"):
             plan = _read(path)
             if plan is not None:
                 return plan
             plan = self._remember(key, epoch, make())
             summary = _StoredSummary.seal(self._summaries[key, epoch]).model_dump_json().encode()
             try:
-                _write(path.with_suffix(".json"), lambda file: file.write(summary))
-                _write(path, lambda file: _write_plan(file, plan))
+                write_whole(path.with_suffix(".json"), lambda file: file.write(summary))
+                write_whole(path, lambda file: _write_plan(file, plan))
             except OSError as error:
                 logger.warning("every process plans epoch %d for itself: %s cannot be written: %s", epoch, path, error)
                 return plan
@@ -111,32 +110,6 @@ class PlanStore:
     def _remember(self, key: str, epoch: int, plan: EpochPlan) -> EpochPlan:
         self._summaries[key, epoch] = PlanSummary.of(plan)
         return plan
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Let one process at a time in. Where files cannot be locked all plan at once, to the same result."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = path.open("wb")
-    except OSError:
-        yield
-        return
-    with file:
-        with suppress(OSError):
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-def _write(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Write a file that is there when it is whole. Raises OSError."""
-    unfinished = path.with_name(f"{path.name}.{os.uname().nodename}.{os.getpid()}")
-    try:
-        with unfinished.open("wb") as file:
-            write(file)
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 def _write_plan(file: BinaryIO, plan: EpochPlan) -> None:

@@ -12,9 +12,9 @@ from torch import Tensor
 from megatron_kosmos.batch import MultimodalBatch
 from megatron_kosmos.config import RunConfig
 from megatron_kosmos.data.images import load_image
-from megatron_kosmos.data.loader import BatchGeometry, ImageFormat, heldout_batches, heldout_captions
+from megatron_kosmos.data.loader import ImageFormat, heldout_batches, heldout_captions
 from megatron_kosmos.data.tokenizer import KosmosTokenizer
-from megatron_kosmos.engine.reading import failing_together, part_of, read_together
+from megatron_kosmos.engine.reading import PLANS, failing_together, geometry_of, read_together
 from megatron_kosmos.engine.train_step import StepRunner
 from megatron_kosmos.engine.trainer import StepReport
 from megatron_kosmos.observability.metrics import MetricsWriter
@@ -41,10 +41,7 @@ class HeldoutEvaluation:
         self.run, self.runner, self.writer = run, runner, writer
         self.images = ImageFormat(run.model.resampler.num_latents, run.model.vision.image_size)
         self.tokenizer = KosmosTokenizer.load(run.data.tokenizer)
-        topology = runner.topology
-        self.geometry = BatchGeometry(
-            run.training.micro_batch_size, run.training.global_batch_size, topology.dp_rank, topology.dp_size
-        )
+        self.geometry, self.plan_folder = geometry_of(run, runner.topology), run.run_dir / PLANS
         self.num_pictures, self.pictures, self.captions = self._read_pictures()
 
     def after_step(self, report: StepReport) -> None:
@@ -72,7 +69,7 @@ class HeldoutEvaluation:
                 self.images,
                 self.geometry,
                 self.run.evaluation.sequences,
-                part_of(self.runner.topology),
+                self.plan_folder,
             )
             for microbatches in read_together(batches, self.runner.topology):
                 measured = self.runner.evaluate(microbatches)
@@ -118,9 +115,12 @@ class HeldoutEvaluation:
         corpora = [corpus for corpus in self.run.data.heldout if corpus.kind == "caption"]
         reads = topology.is_first_stage and topology.tp_rank == 0
         with failing_together(topology):
-            pairs = [pair for corpus in corpora if reads for pair in heldout_captions(self.run.data, corpus, count)][
-                :count
-            ]
+            pairs = [
+                pair
+                for corpus in corpora
+                if reads
+                for pair in heldout_captions(self.run.data, corpus, count, self.plan_folder)
+            ][:count]
         number = torch.tensor(len(pairs), device=topology.device)
         dist.broadcast(number, group=topology.tp_group, group_src=0)
         dist.broadcast(number, group=topology.pp_group, group_src=0)

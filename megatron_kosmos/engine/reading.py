@@ -11,11 +11,14 @@ import torch
 import torch.distributed as dist
 
 from megatron_kosmos.batch import MultimodalBatch
+from megatron_kosmos.config import RunConfig
 from megatron_kosmos.data.errors import DataError
-from megatron_kosmos.data.loader import RankPart
+from megatron_kosmos.data.loader import BatchGeometry, RankPart
 from megatron_kosmos.parallel.agreement import shared_failure
 from megatron_kosmos.parallel.topology import Topology
 
+PLANS = "plans"
+"""Folder of the run that says what is held out and what is packed into which sequence; made again when it is gone."""
 Steps = Generator[list[MultimodalBatch]]
 
 
@@ -30,6 +33,17 @@ def part_of(topology: Topology) -> RankPart:
         images=topology.is_first_stage,
         tp_rank=topology.tp_rank,
         tp_size=topology.tp_size,
+    )
+
+
+def geometry_of(run: RunConfig, topology: Topology) -> BatchGeometry:
+    """Return how the batches of a run fall to this rank."""
+    return BatchGeometry(
+        run.training.micro_batch_size,
+        run.training.global_batch_size,
+        topology.dp_rank,
+        topology.dp_size,
+        part=part_of(topology),
     )
 
 

@@ -9,12 +9,12 @@ import torch.distributed as dist
 from megatron_kosmos.checkpoint.tensors import JSON
 from megatron_kosmos.config import RunConfig, save_config
 from megatron_kosmos.data.corpus import data_fingerprint
-from megatron_kosmos.data.loader import BatchGeometry, ImageFormat, StepLoader
+from megatron_kosmos.data.loader import ImageFormat, StepLoader
 from megatron_kosmos.engine.builder import build_stage
 from megatron_kosmos.engine.callbacks import Checkpointing, Metrics, PackingMetrics, Profiling
 from megatron_kosmos.engine.checkpointing import CHECKPOINTS, CheckpointStore
 from megatron_kosmos.engine.heldout import HeldoutEvaluation
-from megatron_kosmos.engine.reading import failing_together, part_of, read_together
+from megatron_kosmos.engine.reading import PLANS, failing_together, geometry_of, read_together
 from megatron_kosmos.engine.train_step import StepRunner
 from megatron_kosmos.engine.trainable import trainable_text
 from megatron_kosmos.engine.trainer import Callback, Trainer
@@ -22,9 +22,6 @@ from megatron_kosmos.observability.metrics import MetricsWriter
 from megatron_kosmos.parallel.topology import Topology, build_topology
 
 logger = logging.getLogger(__name__)
-
-PLANS = "plans"
-"""Folder of the run that says what is packed into which sequence; written again when it is gone."""
 
 
 def train(run: RunConfig, device: torch.device) -> None:
@@ -68,8 +65,5 @@ def train(run: RunConfig, device: torch.device) -> None:
 
 def _loader(run: RunConfig, topology: Topology) -> StepLoader:
     """Return what this rank reads of its data rank's batches."""
-    geometry = BatchGeometry(
-        run.training.micro_batch_size, run.training.global_batch_size, topology.dp_rank, topology.dp_size
-    )
     images = ImageFormat(run.model.resampler.num_latents, run.model.vision.image_size)
-    return StepLoader(run.data, images, geometry, run.training.seed, part_of(topology), run.run_dir / PLANS)
+    return StepLoader(run.data, images, geometry_of(run, topology), run.training.seed, run.run_dir / PLANS)

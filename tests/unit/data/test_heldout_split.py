@@ -4,14 +4,15 @@ import json
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import get_args
 
-import numpy as np
 import pytest
 
 from megatron_kosmos.config import CorpusConfig, DataConfig
 from megatron_kosmos.data.corpus import Corpus
 from megatron_kosmos.data.errors import DataError
-from megatron_kosmos.data.heldout_split import documents_of, refuse_overlap
+from megatron_kosmos.data.heldout_split import Side, documents_of, refuse_overlap
+from megatron_kosmos.data.indexed import IndexedReader
 from megatron_kosmos.data.loader import BatchGeometry, ImageFormat, StepLoader, heldout_batches, heldout_captions
 from megatron_kosmos.data.tokenizer import KosmosTokenizer
 
@@ -31,10 +32,12 @@ def share(config: CorpusConfig, fraction: float | None) -> CorpusConfig:
 
 def texts_of(config: CorpusConfig, tokenizer: KosmosTokenizer) -> dict[str, set[str]]:
     corpus = Corpus(config, tokenizer)
-    return {
-        side: {tokenizer.decode(corpus.tokens(number)) for number in documents_of(corpus, config, side).tolist()}
-        for side in ("train", "heldout")
-    }
+    sides: dict[str, set[str]] = {}
+    for side in get_args(Side):
+        documents = documents_of(corpus, config, side)
+        assert documents is not None
+        sides[side] = {tokenizer.decode(corpus.tokens(number)) for number in documents.tolist()}
+    return sides
 
 
 def test_every_text_is_on_one_side_wherever_it_comes(prepare_texts: PrepareLines, tokenizer: KosmosTokenizer) -> None:
@@ -49,7 +52,7 @@ def test_every_text_is_on_one_side_wherever_it_comes(prepare_texts: PrepareLines
     # A smaller fraction is a part of a larger one.
     assert texts_of(share(config, 0.02), tokenizer)["heldout"] < sides["heldout"]
     corpus = Corpus(config, tokenizer)
-    assert np.array_equal(documents_of(corpus, share(config, None), "heldout"), np.arange(700))
+    assert documents_of(corpus, share(config, None), "heldout") is None
 
 
 def test_documents_that_differ_late_are_still_split(prepare_texts: PrepareLines, tokenizer: KosmosTokenizer) -> None:
@@ -116,3 +119,48 @@ def test_a_side_without_documents(prepare_texts: PrepareLines, tokenizer: Kosmos
     config = share(prepare_texts("one.jsonl", ["a", "b"]), 1e-6)
     with pytest.raises(DataError, match=r"heldout_fraction=1e-06 leaves none of its 2 documents for data\.heldout"):
         documents_of(Corpus(config, tokenizer), config, "heldout")
+
+
+def sides_of(config: CorpusConfig, tokenizer: KosmosTokenizer, folder: Path | None) -> list[list[int]]:
+    corpus = Corpus(config, tokenizer)
+    sides = [documents_of(corpus, config, side, folder) for side in get_args(Side)]
+    return [documents.tolist() for documents in sides if documents is not None]
+
+
+def test_other_processes_find_the_split(
+    prepare_texts: PrepareLines, tokenizer: KosmosTokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = share(prepare_texts("one.jsonl", [f"text number {number}" for number in range(80)]), 0.25)
+    expected = sides_of(config, tokenizer, None)
+    assert sides_of(config, tokenizer, tmp_path / "plans") == expected
+    with monkeypatch.context() as patch:
+        patch.setattr(IndexedReader, "beginnings", lambda *_: pytest.fail("the tokens are read again"))
+        assert sides_of(config, tokenizer, tmp_path / "plans") == expected
+        with pytest.raises(pytest.fail.Exception, match="the tokens are read again"):
+            sides_of(share(config, 0.5), tokenizer, tmp_path / "plans")
+    # Another corpus and another fraction have splits of their own.
+    other = share(prepare_texts("two.jsonl", [f"text number {number}" for number in range(1, 81)]), 0.25)
+    assert sides_of(other, tokenizer, tmp_path / "plans") == sides_of(other, tokenizer, None) != expected
+    half = share(config, 0.5)
+    assert sides_of(half, tokenizer, tmp_path / "plans") == sides_of(half, tokenizer, None) != expected
+    assert len(list((tmp_path / "plans").glob("*.split"))) == 3
+
+
+def test_a_damaged_split_is_made_again(prepare_texts: PrepareLines, tokenizer: KosmosTokenizer, tmp_path: Path) -> None:
+    config = share(prepare_texts("one.jsonl", [f"text number {number}" for number in range(80)]), 0.25)
+    expected = sides_of(config, tokenizer, tmp_path / "plans")
+    (path,) = (tmp_path / "plans").glob("*.split")
+    content = path.read_bytes()
+    path.unlink()  # what is open keeps what it had
+    path.write_bytes(content[:16] + content[24:] + bytes(8))
+    assert sides_of(config, tokenizer, tmp_path / "plans") == expected
+    assert path.read_bytes() == content
+
+
+def test_a_folder_without_room_costs_time_only(
+    prepare_texts: PrepareLines, tokenizer: KosmosTokenizer, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = share(prepare_texts("one.jsonl", [f"text number {number}" for number in range(80)]), 0.25)
+    (tmp_path / "plans").write_text("a file")
+    assert sides_of(config, tokenizer, tmp_path / "plans") == sides_of(config, tokenizer, None)
+    assert "every process hashes the documents of" in caplog.text

@@ -3,7 +3,7 @@
 import hashlib
 import multiprocessing
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -142,9 +142,8 @@ def test_leaving_early_ends_the_workers(data: DataConfig) -> None:
 
 
 def test_ranks_without_the_vision_tower_know_where_pictures_are(data: DataConfig) -> None:
-    blind = StepLoader(
-        data.model_copy(update={"num_workers": 2}), IMAGES, ONE_RANK, seed=5, part=RankPart(images=False)
-    )
+    without = replace(ONE_RANK, part=RankPart(images=False))
+    blind = StepLoader(data.model_copy(update={"num_workers": 2}), IMAGES, without, seed=5)
     for seeing, other in zip(read(data, ONE_RANK, 0, 1)[0], next(blind.steps(0, 1)), strict=True):
         assert other.images.shape == (0, 3, 8, 8)
         assert torch.equal(other.image_positions, seeing.image_positions)

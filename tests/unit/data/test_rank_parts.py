@@ -35,7 +35,7 @@ def data(prepare_blend: Callable[..., tuple[CorpusConfig, ...]], tokenizer_folde
 
 
 def open_loader(data: DataConfig, part: RankPart) -> StepLoader:
-    return StepLoader(data, ImageFormat(4, 8), BatchGeometry(4, 8), seed=5, part=part)
+    return StepLoader(data, ImageFormat(4, 8), BatchGeometry(4, 8, part=part), seed=5)
 
 
 def read(data: DataConfig, part: RankPart, num_steps: int = 5) -> list[MultimodalBatch]:
