@@ -20,21 +20,13 @@ from typing import Annotated, Any, get_args
 
 import numpy as np
 import typer
+from lognormal import anonymous_kilobytes, write_lognormal
 from rich.console import Console
 from rich.table import Table
 
 from megatron_kosmos.config.data import CorpusConfig, Packing
 from megatron_kosmos.data.corpus import Corpus
-from megatron_kosmos.data.filters import Filters
-from megatron_kosmos.data.indexed import HEADER, MAGIC, VERSION
-from megatron_kosmos.data.manifest import (
-    FileRecord,
-    Manifest,
-    PreparationSettings,
-    as_file,
-    path_with,
-    read_manifest,
-)
+from megatron_kosmos.data.manifest import read_manifest
 from megatron_kosmos.data.mixture import Epochs
 from megatron_kosmos.data.packing import Packer
 from megatron_kosmos.data.plan_store import PlanStore
@@ -155,46 +147,6 @@ def growth_in_a_worker(epochs: Epochs, num_rows: int) -> int:
     worker.start()
     worker.join()
     return int(receiving.recv())
-
-
-def anonymous_kilobytes() -> int:
-    """Return the memory of this process that is no file's."""
-    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("Anonymous:"))
-
-
-def write_lognormal(prefix: Path, num_documents: int, tokenizer: KosmosTokenizer) -> None:
-    """Write a corpus whose index is real and whose tokens are a hole in a file, which takes no room."""
-    lengths = np.random.default_rng(0).lognormal(5.6, 1.1, num_documents).astype("<i4").clip(4, 1 << 17)
-    offsets = np.zeros(num_documents, dtype="<i8")
-    np.cumsum(lengths[:-1], out=offsets[1:])
-    num_tokens = int(lengths.sum(dtype=np.int64))
-    with path_with(prefix, ".idx").open("wb") as index:
-        index.write(HEADER.pack(MAGIC, VERSION, 8, num_documents, num_documents + 1))
-        for array in (lengths, offsets * 2, np.arange(num_documents + 1, dtype="<i8")):
-            array.tofile(index)
-    with path_with(prefix, ".bin").open("wb") as tokens:
-        tokens.truncate(2 * num_tokens)
-    files = {
-        path.name: FileRecord(bytes=path.stat().st_size, sha256="made up")
-        for path in (path_with(prefix, ".bin"), path_with(prefix, ".idx"))
-    }
-    manifest = Manifest(
-        kind="text",
-        documents=num_documents,
-        tokens=num_tokens,
-        images=0,
-        max_images_per_document=0,
-        skipped={},
-        filtered={},
-        dropped_images={},
-        vocab_size=tokenizer.vocab_size,
-        tokenizer_fingerprint=tokenizer.fingerprint,
-        sources=(),
-        settings=PreparationSettings(filters=Filters(), row_format=RowFormat(), max_shard_bytes=1),
-        files=files,
-    )
-    path_with(prefix, ".manifest.json").write_bytes(as_file(manifest))
 
 
 if __name__ == "__main__":
