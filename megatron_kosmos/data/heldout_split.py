@@ -82,17 +82,25 @@ def _split(corpus: Corpus, fraction: float, folder: Path | None) -> tuple[Int64A
     key = hashlib.sha256(repr((FORMAT, HASHED_TOKENS, fraction, checksums)).encode()).hexdigest()[:16]
     path = folder / f"{key}.split"
     with locked(folder / f"{key}.lock"):
-        content = read_arrays(path)
-        if content is not None and len(content) == 2 + len(corpus) == 2 + content[0]:
-            heldout, train = np.split(content[2:], [int(content[1])])
-            return heldout, train
+        sides = _read(path, len(corpus))
+        if sides is not None:
+            return sides
         heldout, train = _hash_and_split(corpus, fraction)
         try:
             write_arrays(path, [np.array([len(corpus), len(heldout)]), heldout, train])
         except OSError as error:
             logger.warning(
-                "every process hashes the documents of %s: %s cannot be written: %s", corpus.prefix, path, error
+                "every process hashes the documents of %s: %s is not written: %s", corpus.prefix, path, error
             )
+    return _read(path, len(corpus)) or (heldout, train)
+
+
+def _read(path: Path, num_documents: int) -> tuple[Int64Array, Int64Array] | None:
+    """Return the sides in a file, through mmap; None where there is none, or it is damaged."""
+    content = read_arrays(path)
+    if content is None or len(content) != 2 + num_documents or content[0] != num_documents:
+        return None
+    heldout, train = np.split(content[2:], [int(content[1])])
     return heldout, train
 
 

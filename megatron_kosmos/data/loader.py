@@ -8,8 +8,10 @@ G is the global batch size; S in shapes is the image side.
 """
 
 import logging
+import os
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -30,10 +32,14 @@ from megatron_kosmos.data.packing_report import CorpusPacking, PackingReport
 from megatron_kosmos.data.plan_store import PlanStore
 from megatron_kosmos.data.row_format import RowFormat
 from megatron_kosmos.data.tokenizer import KosmosTokenizer
+from megatron_kosmos.data.worker_end import end_with_parent
 
 __all__ = ["BatchGeometry", "ImageFormat", "RankPart", "StepLoader", "heldout_batches", "heldout_captions"]
 
 logger = logging.getLogger(__name__)
+
+PREFETCH = 2
+"""Microbatches that each worker process holds ready or works on. It gets the next when one of them is taken."""
 
 
 @dataclass(frozen=True)
@@ -232,6 +238,8 @@ def _read_steps(microbatches: _Microbatches, steps: range, num_workers: int) -> 
         batch_size=None,
         sampler=range(steps.start * per_step, steps.stop * per_step),
         num_workers=num_workers,
+        prefetch_factor=PREFETCH if num_workers else None,
+        worker_init_fn=partial(end_with_parent, os.getpid()),
         collate_fn=_unchanged,
         # Workers share the opened corpora with this process and touch neither CUDA nor collectives.
         multiprocessing_context="fork" if num_workers else None,

@@ -2,16 +2,19 @@
 
 import hashlib
 from collections.abc import Callable
+from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import pytest
+import torch
 
 from megatron_kosmos.batch import MultimodalBatch
 from megatron_kosmos.config import CorpusConfig, DataConfig
 from megatron_kosmos.config.data import Packing
 from megatron_kosmos.data.corpus import data_fingerprint
 from megatron_kosmos.data.errors import DataError
-from megatron_kosmos.data.loader import BatchGeometry, ImageFormat, StepLoader
+from megatron_kosmos.data.loader import BatchGeometry, ImageFormat, RankPart, StepLoader
 from megatron_kosmos.prompt import SourceKind
 
 NUM_STEPS = 7
@@ -62,6 +65,28 @@ def read(data: DataConfig, start: int, stop: int, dp_size: int = 1, plans: Path 
     ]
 
 
+def read_in_parts(data: DataConfig, start: int, stop: int, dp_size: int) -> list[list[str]]:
+    """Return the same, put together from what two tensor ranks of stage 0 and a middle stage of each data rank read."""
+    micro, part = 1, RankPart(tp_size=2)
+    parts = [part, replace(part, tokens=False, tp_rank=1), RankPart(tokens=False, images=False)]
+    ranks = []
+    for rank in range(dp_size):
+        geometries = [BatchGeometry(micro, SIZE, dp_rank=rank, dp_size=dp_size, part=one) for one in parts]
+        loaders = [StepLoader(data, ImageFormat(4, 8), geometry, 5) for geometry in geometries]
+        steps = zip(*(loader.steps(start, stop) for loader in loaders), strict=True)
+        ranks.append([[join(*batches) for batches in zip(*step, strict=True)] for step in steps])
+    return [
+        [row for number in range(SIZE // dp_size) for rank in ranks for row in rows_of(rank[step][number])]
+        for step in range(stop - start)
+    ]
+
+
+def join(first: MultimodalBatch, second: MultimodalBatch, middle: MultimodalBatch) -> MultimodalBatch:
+    """Return the batch whose metadata the middle stage has and whose images two tensor ranks have decoded."""
+    images = torch.cat((first.images, second.images))
+    return replace(middle, input_ids=first.input_ids, labels=first.labels, images=images)
+
+
 @pytest.mark.filterwarnings("ignore:This DataLoader will create 3 worker processes")
 @pytest.mark.parametrize("packing", ["concatenate", "best_fit", "best_fit_decreasing"])
 def test_a_run_goes_on_where_it_stopped(data: DataConfig, packing: Packing, tmp_path: Path) -> None:
@@ -74,6 +99,20 @@ def test_a_run_goes_on_where_it_stopped(data: DataConfig, packing: Packing, tmp_
         resumed = data.model_copy(update={"num_workers": num_workers})
         plans = tmp_path / "plans" if number % 2 else None
         assert read(resumed, stopped, NUM_STEPS, dp_size, plans) == whole[stopped:]
+    assert read_in_parts(data, 3, NUM_STEPS, dp_size=2) == whole[3:]
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(1200)
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 3 worker processes")
+@pytest.mark.parametrize("packing", ["concatenate", "best_fit", "best_fit_decreasing"])
+def test_a_run_goes_on_from_any_step_with_any_ranks_and_workers(data: DataConfig, packing: Packing) -> None:
+    data = data.model_copy(update={"packing": packing, "document_mask": packing != "concatenate"})
+    whole = read(data, 0, NUM_STEPS)
+    for stopped, dp_size, num_workers in product(range(NUM_STEPS), (1, 2, 4), (0, 1, 3)):
+        resumed = data.model_copy(update={"num_workers": num_workers})
+        assert read(resumed, stopped, NUM_STEPS, dp_size) == whole[stopped:]
+        assert read_in_parts(resumed, stopped, NUM_STEPS, dp_size) == whole[stopped:]
 
 
 def test_packings_give_other_batches(data: DataConfig) -> None:
