@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -213,3 +214,19 @@ def test_changed_data_is_refused_on_resume(trained: Path, settings: list[str], t
     assert "was trained on other data" in result.stderr
     assert metrics(tmp_path / "run") == metrics(trained)
     assert os.listdir(tmp_path / "run" / "checkpoints") == os.listdir(trained / "checkpoints")
+
+
+@pytest.mark.nightly
+def test_a_bad_picture_ends_all_ranks_with_one_message(data: Path, settings: list[str], tmp_path: Path) -> None:
+    """Under the launcher, which ends the others as soon as one rank is gone: the message comes before that."""
+    for path in data.glob("captions_train*"):
+        shutil.copy(path, tmp_path)
+    shard = tmp_path / "captions_train-images-00000.tar"
+    shard.write_bytes(bytes(shard.stat().st_size))
+    layout = ["parallel.tensor_parallel_size=2", "parallel.pipeline_parallel_size=2"]
+    where = [*settings, f"data.train.1.prefix={tmp_path}/captions_train", f"run_dir={tmp_path}/run"]
+    result = train(*layout, *where, processes=4, check=False)
+    assert result.returncode != 0
+    messages = [line for line in result.stderr.splitlines() if line.startswith("kosmos train: ")]
+    assert len(messages) == 1
+    assert re.match(r"kosmos train: rank [01]: \S*captions_train-images-00000\.tar at byte \d+", messages[0])
