@@ -74,8 +74,9 @@ def unigram_entropy(config: RunConfig, kind: SourceKind) -> float:
     for entry in config.data.train:
         if entry.kind == kind:
             corpus = Corpus(entry, tokenizer)
-            documents = documents_of(corpus, entry, "train").tolist()
-            tokens = np.concatenate([corpus.tokens(document) for document in documents])
+            documents = documents_of(corpus, entry, "train")
+            every = range(len(corpus)) if documents is None else documents.tolist()
+            tokens = np.concatenate([corpus.tokens(document) for document in every])
             counts += np.bincount(tokens, minlength=tokenizer.vocab_size)
     counts[[tokenizer.bos_id, tokenizer.image_id, tokenizer.end_of_image_id]] = 0
     shares = counts[counts > 0] / counts.sum()
