@@ -90,7 +90,7 @@ def _split(corpus: Corpus, fraction: float, folder: Path | None) -> tuple[Int64A
             write_arrays(path, [np.array([len(corpus), len(heldout)]), heldout, train])
         except OSError as error:
             logger.warning(
-                "every process hashes the documents of %s: %s is not written: %s", corpus.prefix, path, error
+                "every process hashes the documents of %s: %s cannot be written: %s", corpus.prefix, path, error
             )
     return _read(path, len(corpus)) or (heldout, train)
 

@@ -163,4 +163,4 @@ def test_a_folder_without_room_costs_time_only(
     config = share(prepare_texts("one.jsonl", [f"text number {number}" for number in range(80)]), 0.25)
     (tmp_path / "plans").write_text("a file")
     assert sides_of(config, tokenizer, tmp_path / "plans") == sides_of(config, tokenizer, None)
-    assert "every process hashes documents of" in caplog.text
+    assert "every process hashes the documents of" in caplog.text
