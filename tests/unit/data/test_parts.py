@@ -88,10 +88,8 @@ def test_a_rerun_does_only_what_is_missing(make: Make) -> None:
     prepare_shard(wanted, 0, 1, lambda *counts: progress.append(counts))
     assert {path: path.stat().st_ino for path in kept} == kept
     total = sum(file.stat().st_size for file in wanted.inputs)
-    assert progress[num_parts // 2 - 1][:2] == (
-        num_parts // 2 * PART_BYTES["caption"],
-        total,
-    )  # what was done counts at once
+    done = num_parts // 2 * PART_BYTES["caption"]
+    assert progress[num_parts // 2 - 1][:2] == (done, total)  # what was done before counts at once
     assert [done for done, _, _ in progress] == sorted(done for done, _, _ in progress)
     assert progress[-1] == (total, total, merge(wanted.output).documents)
 
@@ -215,10 +213,9 @@ def test_strict_stops_at_the_first_in_order(make: Make, kind: SourceKind, num_wo
     prepare(lenient)
     first = lenient.output.with_name("corpus.quarantine.jsonl").read_bytes().splitlines()[0]
     strict = make(kind, "strict", strict=True, num_workers=num_workers)
-    for _ in range(2):
-        with pytest.raises(BadDocument) as caught:
-            prepare(strict)
-        assert f'"origin": "{caught.value.origin}", "reason": "{caught.value.reason}"'.encode() in first
+    with pytest.raises(BadDocument) as caught:
+        prepare(strict)
+    assert f'"origin": "{caught.value.origin}", "reason": "{caught.value.reason}"'.encode() in first
     with pytest.raises(BadDocument) as of_finished:  # a corpus that is there is held to it as well
         prepare(replace(lenient, strict=True))
     assert str(of_finished.value) == str(caught.value)
