@@ -6,7 +6,7 @@ import numpy as np
 
 from megatron_kosmos.data.filters import Filters
 from megatron_kosmos.data.indexed import HEADER, MAGIC, VERSION
-from megatron_kosmos.data.manifest import FileRecord, Manifest, PreparationSettings, path_with
+from megatron_kosmos.data.manifest import FileRecord, Manifest, PreparationSettings, as_file, path_with
 from megatron_kosmos.data.row_format import RowFormat
 from megatron_kosmos.data.tokenizer import KosmosTokenizer
 
