@@ -1,4 +1,4 @@
-"""`kosmos preprocess`: source documents to a prepared corpus, with a progress bar and a report.
+"""`kosmos preprocess`: source documents to a prepared corpus, with a progress bar.
 
 The kinds of documents share one function and its options; the name of the command says which of them it is.
 """
@@ -11,13 +11,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from megatron_kosmos.cli.preparation_report import print_report
 from megatron_kosmos.prompt import SourceKind
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from megatron_kosmos.data.filters import Filters
-    from megatron_kosmos.data.manifest import Manifest
     from megatron_kosmos.data.preprocess import Preparation
 
 KINDS: dict[str, SourceKind] = {"text": "text", "captions": "caption", "interleaved": "interleaved"}
@@ -213,7 +211,7 @@ def merge(output: Output, overwrite: Overwrite = False) -> None:
     from megatron_kosmos.data.preprocess import merge
 
     with _told_in_short():
-        _report(output, merge(output, overwrite))
+        print_report(output, merge(output, overwrite))
 
 
 @contextmanager
@@ -229,6 +227,7 @@ def _told_in_short() -> Iterator[None]:
 
 def _run(preparation: "Preparation", shard_index: int, num_shards: int | None) -> None:
     """Prepare a corpus, or a share of one, under a progress bar and say what came of it. Raises DataError."""
+    from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
     from megatron_kosmos.data.preprocess import prepare, prepare_shard
@@ -240,7 +239,7 @@ def _run(preparation: "Preparation", shard_index: int, num_shards: int | None) -
         TextColumn("{task.fields[documents]:,} documents"),
         TimeRemainingColumn(),
     )
-    console, output = _console(), preparation.output
+    console, output = Console(stderr=True), preparation.output
     with Progress(*columns, console=console) as progress:
         task = progress.add_task(output.name, total=None, documents=0)
 
@@ -262,42 +261,4 @@ def _run(preparation: "Preparation", shard_index: int, num_shards: int | None) -
             soft_wrap=True,
         )
     if num_shards is None:
-        _report(output, manifest)
-
-
-def _console() -> "Console":
-    from rich.console import Console
-
-    return Console(stderr=True)
-
-
-def _report(output: Path, manifest: "Manifest") -> None:
-    from rich.table import Table
-    from rich.text import Text
-
-    from megatron_kosmos.data.manifest import QUARANTINE_SUFFIX, path_with
-
-    console = _console()
-    table = Table(title=Text(str(output)), title_justify="left")
-    table.add_column("what")
-    table.add_column("count", justify="right")
-    table.add_row("documents", f"{manifest.documents:,}")
-    table.add_row("tokens", f"{manifest.tokens:,}")
-    if manifest.kind != "text":
-        table.add_row("images", f"{manifest.images:,}")
-        table.add_row("most images in a document", f"{manifest.max_images_per_document:,}")
-    for what, counts in (
-        ("documents skipped", manifest.skipped),
-        ("documents filtered out", manifest.filtered),
-        ("images dropped", manifest.dropped_images),
-    ):
-        for reason, count in counts.items():
-            table.add_row(f"{what}: {reason}", f"{count:,}")
-    for packing, summary in manifest.packing.items():
-        figures = f"{summary.efficiency:.2%} filled, {summary.documents_cut:,} documents cut"
-        table.add_row(f"sequences packed by {packing}", f"{summary.rows:,}, {figures}")
-    table.add_row("bytes written", f"{sum(record.bytes for record in manifest.files.values()):,}")
-    console.print(table)
-    if manifest.skipped:
-        listed = path_with(output, QUARANTINE_SUFFIX)
-        console.print(f"skipped documents are listed in {listed}", markup=False, soft_wrap=True)
+        print_report(output, manifest)

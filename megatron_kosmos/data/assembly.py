@@ -29,6 +29,7 @@ from megatron_kosmos.data.manifest import (
     Manifest,
     as_file,
     check_size,
+    is_file_of,
     path_with,
 )
 from megatron_kosmos.data.packing_summary import PackingSummary, summarize_packing
@@ -114,7 +115,7 @@ def give_up(folder: PartsFolder) -> None:
     unfinished = folder.path / ASSEMBLED / MANIFEST
     if unfinished.exists() and not path_with(folder.prefix, SUFFIX).exists():
         for manifest in (unfinished, folder.path / REPLACED):
-            _delete_files_of(manifest, folder.prefix.parent)
+            _delete_files_of(manifest, folder.prefix)
     folder.discard()
 
 
@@ -247,14 +248,15 @@ def _delete_replaced(folder: PartsFolder) -> None:
     if manifest.exists():
         manifest.rename(replaced)
     if replaced.exists():
-        _delete_files_of(replaced, folder.prefix.parent)
+        _delete_files_of(replaced, folder.prefix)
         replaced.unlink()
 
 
-def _delete_files_of(manifest: Path, folder: Path) -> None:
+def _delete_files_of(manifest: Path, prefix: Path) -> None:
     try:
         names = list(Manifest.model_validate_json(manifest.read_bytes()).files)
     except (FileNotFoundError, ValidationError):
         return  # damaged: those of its files that the new corpus has too are overwritten
     for name in names:
-        (folder / name).unlink(missing_ok=True)
+        if is_file_of(prefix, name):
+            (prefix.parent / name).unlink(missing_ok=True)

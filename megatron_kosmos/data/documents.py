@@ -19,18 +19,17 @@ from pydantic_core import from_json
 from megatron_kosmos.data.columns import choose_columns
 from megatron_kosmos.data.errors import BadDocument, DataError, UnusableImage
 from megatron_kosmos.data.html_pages import MAX_PAGE_BYTES, PictureSource, parse_page
+from megatron_kosmos.data.image_reference import ImageReference
 from megatron_kosmos.data.img2dataset import IMAGE_EXTENSIONS, failed_downloads, with_picture
 from megatron_kosmos.data.input_format import USUAL, InputFormat
 from megatron_kosmos.data.layouts import MISMATCH, Fields, Picture, WebPicture, error_place, lay_out, read_caption
 from megatron_kosmos.data.readers.parquet import read_rows
 from megatron_kosmos.data.readers.records import (
-    MAX_RECORD_BYTES,
     DamagedFile,
     RawRecord,
     Row,
     Sample,
     Unreadable,
-    too_large,
 )
 from megatron_kosmos.data.readers.streams import format_suffix, read_lines, read_whole
 from megatron_kosmos.data.readers.tars import read_tar
@@ -49,44 +48,6 @@ TEXT_EXTENSIONS = ("txt", "json")
 REASONS = {"json_invalid": "invalid_json", MISMATCH: MISMATCH}
 """What bad documents count as whose fields have these errors; others have wrong fields."""
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
-
-
-@dataclass(frozen=True)
-class ImageReference:
-    """A picture of a document: a file, bytes that came with the document, or None for one that is elsewhere."""
-
-    name: str
-    source: Path | bytes | UnusableImage | None
-    """An error stands for a picture that may not be read."""
-
-    def read(self) -> bytes:
-        """Return the encoded picture. Raises UnusableImage when it cannot be read."""
-        if isinstance(self.source, bytes):
-            return self.source
-        if isinstance(self.source, UnusableImage):
-            raise self.source
-        if self.source is None:
-            raise UnusableImage(
-                "remote_image",
-                f"{self.name} is an address, not a picture on this machine: download the pictures first, with"
-                " img2dataset, and prepare what it writes",
-            )
-        try:
-            status = self.source.stat()
-            if not S_ISREG(status.st_mode):  # a device or a pipe might never end
-                raise UnusableImage("missing_image", f"there is no picture at {self.source}, but something else")
-            if status.st_size > MAX_RECORD_BYTES:
-                problem = too_large(status.st_size, MAX_RECORD_BYTES, f"the picture at {self.source}")
-                raise UnusableImage(problem.reason, problem.detail)
-            return self.source.read_bytes()
-        except FileNotFoundError as error:
-            raise UnusableImage("missing_image", f"there is no picture at {self.source}") from error
-        except OSError as error:
-            raise UnusableImage("missing_image", f"the picture at {self.source}: {error.strerror}") from error
-        except UnusableImage:
-            raise
-        except ValueError as error:  # a NUL, or a character that the file system cannot write
-            raise UnusableImage("missing_image", f"{self.name!r} is no name of a file: {error}") from error
 
 
 @dataclass(frozen=True)

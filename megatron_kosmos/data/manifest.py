@@ -122,10 +122,15 @@ def as_file(model: StrictModel) -> bytes:
     return (json.dumps(model.model_dump(mode="json"), indent=2, ensure_ascii=False) + "\n").encode()
 
 
+def is_file_of(prefix: Path, name: str) -> bool:
+    """Return whether `name` is one that a file of the corpus at `prefix` can have."""
+    return name.startswith(prefix.name) and "/" not in name and "\0" not in name
+
+
 def _check_names(path: Path, prefix: Path, names: Collection[str]) -> None:
     """Raise DataError unless these are files of `prefix`: others would be read, and deleted with the corpus."""
     for name in names:
-        if not name.startswith(prefix.name) or "/" in name or "\0" in name:
+        if not is_file_of(prefix, name):
             raise DataError(f"{path} names {name!r}, which is no file of this corpus; prepare the corpus again")
     for suffix in (".bin", ".idx"):
         if prefix.name + suffix not in names:

@@ -93,7 +93,7 @@ def test_a_prepared_corpus_has_names_of_its_own(
     found = {path.name for path in tmp_path.rglob("*")}
     assert found == {"a.tar", "one", "two", *manifest.files, "corpus.manifest.json"}
     with tarfile.open(output.with_name("corpus-images-00000.tar")) as shard:
-        assert shard.getnames() == ["000000000000.0000.png", "000000000001.0000.png"]
+        assert shard.getnames() == ["000000-000000000.0000.png", "000000-000000001.0000.png"]
 
 
 def long_name(size: bytes) -> bytes:

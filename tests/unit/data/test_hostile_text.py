@@ -213,6 +213,6 @@ def test_what_is_no_file_is_no_picture(tmp_path: Path, tokenizer_folder: Path, n
         large.truncate(1 << 40)
     (tmp_path / "a.jsonl").write_text(json.dumps({"image": name, "caption": "x"}) + "\n")
     with pytest.raises(BadDocument) as caught:
-        prepare(Preparation("caption", (tmp_path / "a.jsonl",), tmp_path / "corpus", tokenizer_folder))
+        prepare(Preparation("caption", (tmp_path / "a.jsonl",), tmp_path / "corpus", tokenizer_folder, strict=True))
     assert caught.value.origin == f"{tmp_path / 'a.jsonl'}:1"
     assert caught.value.reason == ("too_large" if name == "large.png" else "missing_image")
