@@ -7,6 +7,9 @@ from pathlib import Path
 _COMPLETE = re.compile(r"step_(\d{8,})")
 _LEFTOVER = re.compile(r"\.step_\d{8,}\.(writing|removing)")
 
+LATEST_FILE = "latest"
+"""Holds the name of the folder that was finished last."""
+
 
 def complete_folder(root: Path, step: int) -> Path:
     """Return the folder of a finished checkpoint."""
@@ -34,6 +37,15 @@ def set_aside(folder: Path) -> Path:
     doomed = folder.with_name(f".{folder.name}.removing")
     folder.rename(doomed)
     return doomed
+
+
+def point_to(folder: Path) -> None:
+    """Write the name of a finished checkpoint into `latest` beside it, for people and other tools."""
+    pointer = folder.with_name(LATEST_FILE)
+    unfinished = folder.with_name(f".{LATEST_FILE}.writing")
+    write_durably(unfinished, f"{folder.name}\n")
+    unfinished.rename(pointer)
+    sync_folder(folder.parent)
 
 
 def write_durably(path: Path, text: str) -> None:

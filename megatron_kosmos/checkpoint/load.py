@@ -18,7 +18,7 @@ from megatron_kosmos.checkpoint.errors import CheckpointError, DamagedCheckpoint
 from megatron_kosmos.checkpoint.folders import complete_folder, finished_steps, leftovers
 from megatron_kosmos.checkpoint.manifest import STATE_FILE, Manifest, TensorRecord, verify, verify_file
 from megatron_kosmos.checkpoint.mesh import CheckpointMesh
-from megatron_kosmos.checkpoint.tensors import JSON, LoadShards, TensorShard, by_name
+from megatron_kosmos.checkpoint.tensors import JSON, SHARDING, LoadShards, TensorShard, by_name
 
 logger = logging.getLogger(__name__)
 
@@ -137,7 +137,7 @@ def _open_parts(folder: Path, stack: ExitStack) -> dict[str, list[tuple[Any, lis
     parts: dict[str, list[tuple[Any, list[int]]]] = {}
     for path in sorted(folder.glob("*.safetensors")):
         file = stack.enter_context(safe_open(path, framework="pt"))
-        sharding = json.loads(file.metadata()["DCP_SHARDING_INFO"])
+        sharding = json.loads(file.metadata()[SHARDING])
         for name, place in sharding.items():
             parts.setdefault(name, []).append((file, place["saved_offsets"]))
     return parts

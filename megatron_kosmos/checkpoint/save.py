@@ -2,33 +2,46 @@
 
 import json
 import logging
+import os
 import shutil
-import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint import HuggingFaceStorageWriter
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
-from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
-from torch.distributed.checkpoint.storage import WriteResult
-from torch.futures import Future
+from safetensors.torch import save_file
+from torch import Tensor
 
 from megatron_kosmos.checkpoint.errors import CheckpointError
 from megatron_kosmos.checkpoint.folders import (
     complete_folder,
     finished_steps,
     leftovers,
+    point_to,
     set_aside,
     sync_folder,
     write_durably,
     writing_folder,
 )
-from megatron_kosmos.checkpoint.manifest import STATE_FILE, FileRecord, Manifest, TensorRecord
+from megatron_kosmos.checkpoint.manifest import STATE_FILE, FileRecord, Manifest
 from megatron_kosmos.checkpoint.mesh import CheckpointMesh
-from megatron_kosmos.checkpoint.tensors import JSON, SaveShards, TensorShard, by_name
+from megatron_kosmos.checkpoint.share import Share, plan_shares
+from megatron_kosmos.checkpoint.tensors import JSON, SHARDING, TensorShard
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Retention:
+    """Which checkpoints stay."""
+
+    last: int
+    """That many of the newest."""
+    every: int = 0
+    """And those of every so many steps, for good; 0: none."""
+
+    def outdated(self, steps: Sequence[int]) -> list[int]:
+        """Return which of `steps`, newest first, go."""
+        return [step for step in steps[self.last :] if not self.every or step % self.every]
 
 
 def save_checkpoint(
@@ -47,36 +60,39 @@ def save_checkpoint(
     Raises CheckpointError, the same on every rank, if anything fails anywhere (a full disk, parts that don't make a
     whole tensor, a state that is not JSON); the checkpoints that were there before are then untouched.
     """
-    folder, target = writing_folder(root, step), complete_folder(root, step)
-    doing = f"saving {target}"
-    is_first = mesh.rank == 0
-    try:
-        (state_text, *_) = mesh.agree(doing, lambda: _prepare(folder, state) if is_first else "")
-        named = by_name(shards, doing, mesh)
-        writer = _Writer(folder)
-        metadata = mesh.together(doing, lambda: _write_tensors(writer, SaveShards(named, mesh), named, mesh))
-        records = mesh.agree(doing, lambda: {name: FileRecord.of(folder / name) for name in writer.written})
-        manifest = _manifest(step, records, metadata)
-        mesh.agree(doing, lambda: _commit(folder, target, state_text, manifest) if is_first else None)
-    except CheckpointError:
-        if is_first:
-            shutil.rmtree(folder, ignore_errors=True)
-        raise
-    mesh.agree(f"removing checkpoints older than {target}", lambda: _prune(root, step, keep_last) if is_first else None)
-    return target
+    share = plan_shares(shards, f"saving {complete_folder(root, step)}", mesh)
+    tensors = {name: part.local.cpu() for name, part in share.parts.items()}
+    return CheckpointWriter(root, share, mesh, Retention(keep_last)).write(step, tensors, state)
 
 
-class _Writer(HuggingFaceStorageWriter):
-    """torch's writer of one plain safetensors file a rank, which also knows what this rank has written."""
+@dataclass(frozen=True)
+class CheckpointWriter:
+    """Writes checkpoints of one layout. `mesh.group` is used by the thread that calls `write` alone."""
 
-    def __init__(self, folder: Path) -> None:
-        super().__init__(str(folder), save_distributed=True)
-        self.written: set[str] = set()
+    root: Path
+    share: Share
+    mesh: CheckpointMesh
+    retention: Retention
 
-    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        results = super().write_data(plan, planner)
-        self.written = {result.storage_data.relative_path for result in results.wait()}
-        return results
+    def write(self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, JSON]) -> Path:
+        """Write this rank's share, CPU `tensors` by name, and on rank 0 `state`; see `save_checkpoint`."""
+        folder, target = writing_folder(self.root, step), complete_folder(self.root, step)
+        doing, agree, is_first = f"saving {target}", self.mesh.agree, self.mesh.rank == 0
+        try:
+            (state_text, *_) = agree(doing, lambda: _prepare(folder, state) if is_first else "")
+            records = agree(doing, lambda: _write_share(folder, self.share, tensors))
+            files = {name: record for of_rank in records for name, record in of_rank.items()}
+            manifest = Manifest(step=step, files=files, tensors=dict(self.share.tensors))
+            agree(doing, lambda: _commit(folder, target, state_text, manifest) if is_first else None)
+        except CheckpointError as error:
+            if is_first:
+                shutil.rmtree(folder, ignore_errors=True)
+            raise CheckpointError(
+                f"{error}\nThe checkpoints before it are untouched: mend this, and start the run again"
+            ) from error
+        doing = f"removing checkpoints older than {target}"
+        agree(doing, lambda: _prune(self.root, step, self.retention) if is_first else None)
+        return target
 
 
 def _prepare(folder: Path, state: Mapping[str, JSON]) -> str:
@@ -88,24 +104,17 @@ def _prepare(folder: Path, state: Mapping[str, JSON]) -> str:
     return text
 
 
-def _write_tensors(
-    writer: _Writer, planner: SaveShards, named: Mapping[str, TensorShard], mesh: CheckpointMesh
-) -> Metadata:
-    tensors = {name: shard.local for name, shard in named.items()}
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # One process alone is meant to be alone.
-        return dcp.save(
-            tensors, storage_writer=writer, planner=planner, process_group=mesh.group, no_dist=mesh.group is None
-        )
-
-
-def _manifest(step: int, records: Sequence[Mapping[str, FileRecord]], metadata: Metadata) -> Manifest:
-    tensors = {
-        name: TensorRecord(shape=tuple(stored.size), dtype=str(stored.properties.dtype).removeprefix("torch."))
-        for name, stored in sorted(metadata.state_dict_metadata.items())
-        if isinstance(stored, TensorStorageMetadata)
-    }
-    return Manifest(step=step, files={name: of_rank[name] for of_rank in records for name in of_rank}, tensors=tensors)
+def _write_share(folder: Path, share: Share, tensors: Mapping[str, Tensor]) -> dict[str, FileRecord]:
+    """Write a rank's file to the disk and return its record. Other threads run on meanwhile."""
+    if not tensors:
+        return {}
+    path = folder / share.file_name
+    places = {name: {"saved_offsets": list(share.offsets[name])} for name in tensors}
+    save_file(dict(tensors), path, metadata={SHARDING: json.dumps(places), "DCP_VERSION": "1.0", "format": "pt"})
+    path.chmod(folder.stat().st_mode & 0o666)  # as the user's umask has it; the library keeps files to their owner
+    with path.open("rb") as stream:
+        os.fsync(stream.fileno())
+    return {share.file_name: FileRecord.of(path)}
 
 
 def _commit(folder: Path, target: Path, state_text: str, manifest: Manifest) -> None:
@@ -119,11 +128,12 @@ def _commit(folder: Path, target: Path, state_text: str, manifest: Manifest) -> 
     replaced = set_aside(target) if target.exists() else None
     folder.rename(target)
     sync_folder(target.parent)
+    point_to(target)
     if replaced is not None:
         shutil.rmtree(replaced)
 
 
-def _prune(root: Path, step: int, keep_last: int) -> None:
+def _prune(root: Path, step: int, retention: Retention) -> None:
     # Newer folders are another history's, or damaged: whoever resumed before them may still want to look at them.
-    for old in [done for done in finished_steps(root) if done <= step][keep_last:]:
+    for old in retention.outdated([done for done in finished_steps(root) if done <= step]):
         shutil.rmtree(set_aside(complete_folder(root, old)))

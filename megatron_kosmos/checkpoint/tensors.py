@@ -24,6 +24,9 @@ from megatron_kosmos.checkpoint.mesh import CheckpointMesh
 
 JSON: TypeAlias = "bool | int | float | str | Sequence[JSON] | Mapping[str, JSON] | None"
 
+SHARDING = "DCP_SHARDING_INFO"
+"""Under this name a file says what torch.distributed.checkpoint reads: each part's place in its whole tensor."""
+
 
 @dataclass(frozen=True)
 class TensorShard:

@@ -51,6 +51,10 @@ class CheckpointConfig(StrictModel):
     """Steps between checkpoints; 0 writes one at the end only."""
     keep_last: PositiveInt = 2
     """Newest checkpoints to keep."""
+    keep_every: NonNegativeInt = 0
+    """Also keep those of steps that are multiples of this, for good; 0 keeps none besides the newest."""
+    asynchronous: bool = True
+    """Train on while a copy in host memory is written; false waits for the disk."""
 
 
 class RunConfig(StrictModel):

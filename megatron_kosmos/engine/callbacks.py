@@ -5,6 +5,7 @@ from collections.abc import Mapping
 
 import torch
 from rich.console import Console
+from rich.filesize import decimal
 from torch.profiler import ProfilerActivity, profile, schedule, tensorboard_trace_handler
 
 from megatron_kosmos.checkpoint.tensors import JSON
@@ -12,7 +13,6 @@ from megatron_kosmos.config import RunConfig
 from megatron_kosmos.data.packing_report import PackingReport
 from megatron_kosmos.engine.checkpointing import CheckpointStore
 from megatron_kosmos.engine.costs import training_flops
-from megatron_kosmos.engine.stage import Stage
 from megatron_kosmos.engine.train_step import StepRunner
 from megatron_kosmos.engine.trainer import StepReport
 from megatron_kosmos.observability.flops import model_flops_utilization, peak_flops
@@ -27,20 +27,24 @@ class Checkpointing:
     """Saves at intervals and at the end."""
 
     def __init__(self, run: RunConfig, runner: StepRunner, store: CheckpointStore, state: Mapping[str, JSON]) -> None:
-        """`state` goes into every checkpoint's JSON."""
-        self.every = run.checkpoint.every
-        self.stage: Stage = runner.stage
-        self.runner, self.store, self.state = runner, store, state
+        """`state` goes into every checkpoint's JSON. Raises CheckpointError on every rank alike."""
+        self.every, self.is_asynchronous = run.checkpoint.every, run.checkpoint.asynchronous
+        self.runner, self.state = runner, state
+        self.saver = store.saver(runner.stage)
+        logger.info("checkpoints: a copy in %s of host memory first", decimal(self.saver.background.num_bytes))
 
     def after_step(self, report: StepReport) -> None:
-        """Save if it is time to. Raises CheckpointError on every rank alike."""
-        if report.is_due(self.every):
-            with self.runner.timers.section("save"):
-                folder = self.store.save(report.step, self.stage, self.state)
-            logger.info("saved %s", folder)
+        """Save if it is time to, and hear of the save that is under way. Raises CheckpointError on every rank alike."""
+        with self.runner.timers.section("save"):
+            self.saver.background.poll()
+            if report.is_due(self.every):
+                self.saver.save(report.step, self.state)
+            if report.is_last or not self.is_asynchronous:
+                self.saver.background.wait()
 
     def close(self) -> None:
-        """Nothing is open."""
+        """Wait for what is being written."""
+        self.saver.background.close()
 
 
 class PackingMetrics:

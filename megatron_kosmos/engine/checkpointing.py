@@ -20,10 +20,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_kosmos import __version__
+from megatron_kosmos.checkpoint.background import BackgroundSaver
 from megatron_kosmos.checkpoint.errors import CheckpointError
+from megatron_kosmos.checkpoint.folders import complete_folder
 from megatron_kosmos.checkpoint.load import find_latest, load_checkpoint, read_state, read_tensor_names
 from megatron_kosmos.checkpoint.mesh import CheckpointMesh
-from megatron_kosmos.checkpoint.save import save_checkpoint
+from megatron_kosmos.checkpoint.save import Retention
 from megatron_kosmos.checkpoint.tensors import JSON, TensorShard
 from megatron_kosmos.config import RunConfig
 from megatron_kosmos.config.data import data_step
@@ -80,24 +82,27 @@ class Snapshot:
 class CheckpointStore:
     """The checkpoints of one run, in `root`. Saving and loading are collectives over all ranks."""
 
-    def __init__(self, root: Path, topology: Topology, keep_last: int) -> None:
+    def __init__(self, root: Path, topology: Topology, keep_last: int, keep_every: int = 0) -> None:
         """Start a gloo group for plans and host tensors where the run's own group is NCCL."""
         group = dist.group.WORLD if topology.device.type == "cpu" else dist.new_group(backend="gloo")
-        self.root, self.topology, self.keep_last = root, topology, keep_last
+        self.root, self.topology, self.retention = root, topology, Retention(keep_last, keep_every)
         self.mesh = CheckpointMesh(topology.tp_rank, topology.tp_size, group)
 
     def latest(self) -> Path | None:
         """Return the newest checkpoint that is whole, None where there is none."""
         return find_latest(self.root, self.mesh)
 
-    def save(self, step: int, stage: Stage, state: Mapping[str, JSON]) -> Path:
-        """Write the checkpoint after `step` optimizer steps, with `state` in its JSON; return its folder.
+    def saver(self, stage: Stage) -> "StageSaver":
+        """Plan how `stage` is saved, and allocate the memory that it is copied to."""
+        return StageSaver(self, stage)
 
-        Raises CheckpointError on every rank alike; what was there before is untouched then.
-        """
-        shards = list(self._shards_to_save(stage))
-        state = {**state, "step": step, "updates": stage.optimizer.state.updates, "version": __version__}
-        return save_checkpoint(self.root, step, shards, state, self.mesh, self.keep_last)
+    def save(self, step: int, stage: Stage, state: Mapping[str, JSON]) -> Path:
+        """Write the checkpoint after `step` optimizer steps at once, as `StageSaver` does it, and return its folder."""
+        saver = self.saver(stage)
+        saver.save(step, state)
+        saver.background.wait()
+        saver.background.close()
+        return complete_folder(self.root, step)
 
     def load(self, folder: Path, named: Sequence[NamedParameter], run: RunConfig, data: str | None) -> Snapshot:
         """Read what the checkpoint in `folder` holds of this rank's parameters.
@@ -131,23 +136,43 @@ class CheckpointStore:
                 parameters[one.name] |= {key: torch.zeros_like(parameters[one.name][MASTER]) for key in MOMENTS}
         return Snapshot(state, parameters, trained)
 
-    def _shards_to_save(self, stage: Stage) -> Iterator[TensorShard]:
-        """Yield this data rank's share of what its stage holds.
 
-        Reading a parameter's state is a collective over the data ranks, so each of them reads every parameter.
-        """
-        optimizer_state = stage.optimizer.state
-        for index, named in enumerate(stage.named):
-            is_trained = named.parameter.requires_grad
-            tensors = (
-                optimizer_state.read(named.parameter)
-                if is_trained
-                else {MASTER: optimizer_state.frozen_weight(named.parameter)}
+class StageSaver:
+    """Saves one stage at one step after the other, while it goes on training."""
+
+    def __init__(self, store: CheckpointStore, stage: Stage) -> None:
+        """Plan with all ranks who writes what, and allocate memory. Raises CheckpointError on every rank alike."""
+        self.stage, shape_of = stage, stage.optimizer.state.shape_of
+        shards = [
+            TensorShard(
+                _tensor_name(one.name, key),
+                torch.empty(shape_of(one.parameter), dtype=torch.float32, device="meta"),
+                one.shard_dim,
             )
-            if index % self.topology.dp_size == self.topology.dp_rank and not named.is_tied_copy:
-                for key, tensor in tensors.items():
-                    part = tensor.detach().to("cpu", torch.float32, copy=True).contiguous()
-                    yield TensorShard(_tensor_name(named.name, key), part, named.shard_dim)
+            for one in stage.named
+            if not one.is_tied_copy
+            for key in ((MASTER, *MOMENTS) if one.parameter.requires_grad else (MASTER,))
+        ]
+        device = store.topology.device
+        self.background = BackgroundSaver(store.root, shards, store.mesh, store.retention, device)
+
+    def save(self, step: int, state: Mapping[str, JSON]) -> None:
+        """Copy what there is after `step` optimizer steps, with `state` for its JSON, and start to write it.
+
+        Waits for the save before it. Raises CheckpointError on every rank alike if that failed.
+        """
+        updates = self.stage.optimizer.state.updates
+        self.background.save(step, self._tensors(), {**state, "step": step, "updates": updates, "version": __version__})
+
+    def _tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield everything that the stage holds; reading a parameter's state is a collective over the data ranks."""
+        optimizer = self.stage.optimizer.state
+        for one in self.stage.named:
+            if one.parameter.requires_grad:
+                for key, tensor in optimizer.read(one.parameter).items():
+                    yield _tensor_name(one.name, key), tensor
+            else:
+                yield _tensor_name(one.name, MASTER), optimizer.frozen_weight(one.parameter)
 
 
 def restore_weights(named: Iterable[NamedParameter], snapshot: Snapshot) -> None:

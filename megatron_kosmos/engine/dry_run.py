@@ -19,7 +19,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from megatron_kosmos.config import RunConfig
 from megatron_kosmos.engine.builder import build_chunks, derive_transformer_config
 from megatron_kosmos.engine.costs import PieceCosts, forward_costs, images_per_sequence, training_costs
-from megatron_kosmos.engine.memory import RankMemory, memory_formula, rank_memory
+from megatron_kosmos.engine.memory import RankMemory, memory_formula, rank_memory, snapshot_bytes
 from megatron_kosmos.engine.trainable import PARTS, Part, Weight, check_groups, trainable_table, weights_of
 from megatron_kosmos.model.kosmos import KosmosModel
 from megatron_kosmos.model.names import named_parameters
@@ -53,6 +53,8 @@ class StagePlan:
     """What the stage holds. A tied embedding's copy on the last stage counts as its output."""
     memory: RankMemory
     """Bytes on each rank of the stage."""
+    snapshot: int
+    """Bytes of host memory beside each rank that checkpoints are copied to."""
     forward_share: float
     """Of the model's counted operations in the forward pass."""
     training_share: float
@@ -105,8 +107,10 @@ def plan(run: RunConfig, world_size: int) -> Plan:
     for pp_rank in range(run.parallel.pipeline_parallel_size):
         models = _build_stage(run, world_size, pp_rank)
         chunks, weights = tuple(model.chunk for model in models), weights_of(models)
-        memory = rank_memory((named for model in models for named in named_parameters(model)), run, dp_size)
-        stages.append(StagePlan(chunks, _parts(weights), memory, *(_share(chunks, one) for one in costs)))
+        named = [named for model in models for named in named_parameters(model)]
+        memory = rank_memory(named, run, dp_size)
+        snapshot = snapshot_bytes(named, run.parallel.tensor_parallel_size, dp_size)
+        stages.append(StagePlan(chunks, _parts(weights), memory, snapshot, *(_share(chunks, one) for one in costs)))
         whole += weights
     check_groups(run, whole)
     parts = _parts(weight for weight in whole if not weight.is_tied_copy)
@@ -205,12 +209,18 @@ def _stage_table(plan: Plan) -> Table:
 
 
 def _memory_table(plan: Plan) -> Table:
-    table = _table("memory of a rank", "stage", numbers=("weights", "gradients", "optimizer", "together"))
+    table = _table(
+        "memory of a rank", "stage", numbers=("weights", "gradients", "optimizer", "together", "on the host")
+    )
     for number, stage in enumerate(plan.stages):
         memory = stage.memory
-        sizes = (memory.weights, memory.gradients, memory.optimizer, memory.total)
+        sizes = (memory.weights, memory.gradients, memory.optimizer, memory.total, stage.snapshot)
         table.add_row(str(number), *(decimal(size, precision=2) for size in sizes))
-    table.caption = f"{memory_formula(plan.run, plan.dp_size)}\nactivations and communication buckets come on top"
+    table.caption = (
+        f"{memory_formula(plan.run, plan.dp_size)}\nactivations and communication buckets come on top\n"
+        f"on the host: a copy of its share of a checkpoint, (4 N + 8 T) / {plan.dp_size}\n"
+        "with what tensor ranks hold alike counted once"
+    )
     return table
 
 

@@ -10,7 +10,8 @@ For N parameters on a rank, T of them trained, S in tensors too small to be cut,
 | 3 | w·N/d + w·S | 4·T/d | 12·T/d |
 
 With `optimizer.kind: adamw_8bit` two moments take 2 1/32 bytes instead of 8: a byte each, and an fp32 scale for every
-256 elements; those of embeddings and small tensors keep 8. Gradients are fp32 sums in both precisions. Not counted:
+256 elements; those of embeddings and small tensors keep 8. In the memory of the host each rank keeps its share of a
+checkpoint, 4·N + 8·T over all ranks that hold the same. Gradients are fp32 sums in both precisions. Not counted:
 activations, tables of positions, communication buckets, weights that ZeRO 3 has gathered for the moment, a few elements
 of padding.
 """
@@ -64,6 +65,19 @@ def rank_memory(named: Iterable[NamedParameter], run: RunConfig, dp_size: int) -
         gradients=_GRADIENT * (num_trained if stage <= 1 else -(-num_trained // dp_size)),
         optimizer=math.ceil(optimizer / (dp_size if stage else 1)),
     )
+
+
+def snapshot_bytes(named: Iterable[NamedParameter], tp_size: int, dp_size: int) -> int:
+    """Return the host memory that a rank with the parameters `named` copies its share of a checkpoint to.
+
+    The ranks that hold the same share it evenly: `dp_size`, and `tp_size` times as many where nothing is cut.
+    """
+    total = 0.0
+    for one in named:
+        if not one.is_tied_copy:
+            num_holders = dp_size if one.shard_dim is not None else dp_size * tp_size
+            total += one.parameter.numel() * (_MASTER + _MOMENTS * one.parameter.requires_grad) / num_holders
+    return math.ceil(total)
 
 
 def _moments_of(one: NamedParameter, run: RunConfig) -> float:

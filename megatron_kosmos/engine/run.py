@@ -31,7 +31,7 @@ def train(run: RunConfig, device: torch.device) -> None:
     checkpoint holds another model or other data, ReadingFailed for corpora that a rank cannot read.
     """
     topology = build_topology(run.parallel, device)
-    store = CheckpointStore(run.run_dir / CHECKPOINTS, topology, run.checkpoint.keep_last)
+    store = CheckpointStore(run.run_dir / CHECKPOINTS, topology, run.checkpoint.keep_last, run.checkpoint.keep_every)
     with failing_together(topology):
         data = data_fingerprint(run.data)
     stage, first_step = build_stage(run, topology, store, data)

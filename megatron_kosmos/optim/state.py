@@ -61,8 +61,16 @@ class OptimizerState:
         for flat in self._flats:
             self._moments.set_updates(flat, updates)
 
+    def shape_of(self, parameter: Any) -> torch.Size:
+        """Return a parameter's shape, which ZeRO 3 takes from the parameter itself: this tensor rank's part of it."""
+        shape: torch.Size = parameter.ds_shape if self.stage == 3 else parameter.shape
+        return shape
+
     def read(self, parameter: nn.Parameter) -> dict[str, Tensor]:
-        """Return {"master", "exp_avg", "exp_avg_sq"} of a trained parameter in fp32: this tensor rank's part of it."""
+        """Return {"master", "exp_avg", "exp_avg_sq"} of a trained parameter in fp32: this tensor rank's part of it.
+
+        Not to be changed: where nothing is cut it is what the optimizer works with.
+        """
         fragment = self._fragment(parameter)
         return {name: self._whole(parameter, name, fragment) for name in (MASTER, *MOMENTS)}
 
@@ -92,11 +100,11 @@ class OptimizerState:
                     _fill(moment, name, pieces_of_flat)
 
     def _whole(self, parameter: Any, name: str, fragment: Fragment | None) -> Tensor:
-        """Put the data ranks' pieces together. All-reduce over the data group, none without ZeRO."""
-        if self.stage == 0:
+        """Put the data ranks' pieces together. All-reduce over the data group; none where each has all."""
+        shape = self.shape_of(parameter)
+        if self.stage == 0 or self.topology.dp_size == 1:
             assert fragment is not None
-            return self._piece(name, fragment).view(parameter.shape)
-        shape = parameter.ds_shape if self.stage == 3 else parameter.shape
+            return self._piece(name, fragment).view(shape)
         whole = torch.zeros(shape, dtype=torch.float32, device=self.topology.device)
         if fragment is not None:
             fragment.of(whole).copy_(self._piece(name, fragment))

@@ -3,6 +3,7 @@
 import gc
 import math
 from collections.abc import Iterable
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +11,8 @@ from torch import Tensor, nn
 
 from megatron_kosmos.config import RunConfig
 from megatron_kosmos.engine.builder import build_chunks, build_stage, derive_transformer_config
-from megatron_kosmos.engine.memory import RankMemory, memory_formula, rank_memory
+from megatron_kosmos.engine.checkpointing import CheckpointStore
+from megatron_kosmos.engine.memory import RankMemory, memory_formula, rank_memory, snapshot_bytes
 from megatron_kosmos.engine.stage import Stage
 from megatron_kosmos.engine.train_step import StepRunner
 from megatron_kosmos.model.names import NamedParameter, named_parameters
@@ -87,6 +89,27 @@ def test_deepspeed_holds_what_the_formula_says(zero_stage: int, precision: str) 
         assert held.weights == pytest.approx(planned.weights, rel=1e-3)
         assert held.optimizer == pytest.approx(planned.optimizer, rel=2e-3)
         assert planned.gradients <= held.gradients <= planned.gradients + 20_000
+
+
+def copied_bytes(run: RunConfig) -> tuple[int, int]:
+    """Host memory of this rank's copy of a checkpoint, as planned and as allocated."""
+    topology = build_topology(run.parallel, torch.device("cpu"))
+    chunks = build_chunks(run, derive_transformer_config(run), topology)
+    named = [named for chunk in chunks for named in named_parameters(chunk)]
+    planned = snapshot_bytes(named, topology.tp_size, topology.dp_size)
+    stage, _ = build_stage(run, topology)
+    store = CheckpointStore(Path("unused"), topology, keep_last=1)
+    return planned, store.saver(stage).background.num_bytes
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("changes", [{"zero_stage": 3}, {"tensor_parallel_size": 2}, {"pipeline_parallel_size": 2}])
+def test_the_copy_of_a_checkpoint_takes_what_is_planned(changes: dict[str, int]) -> None:
+    changes = {f"parallel__{name}": value for name, value in changes.items()}
+    run = tiny_run(**changes, model__decoder__tie_embeddings=True)
+    planned, allocated = zip(*run_ranks(copied_bytes, 2, run), strict=True)
+    assert sum(allocated) == pytest.approx(sum(planned), rel=0.02)
+    assert allocated == pytest.approx(planned, rel=0.05)
 
 
 def named(name: str, *shape: int, requires_grad: bool = True) -> NamedParameter:
