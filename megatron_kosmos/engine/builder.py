@@ -10,6 +10,7 @@ from torch import nn
 from megatron_kosmos.config import RunConfig
 from megatron_kosmos.engine.checkpointing import CheckpointStore, restore_optimizer, restore_weights
 from megatron_kosmos.engine.costs import training_costs
+from megatron_kosmos.engine.resumption import changed_settings
 from megatron_kosmos.engine.stage import Stage
 from megatron_kosmos.engine.trainable import check_groups, describe_changes, trains_below, weights_of_model
 from megatron_kosmos.model.initialization import initialize
@@ -49,7 +50,7 @@ def build_stage(
             initialize(chunk, run.training.seed)
     else:
         restore_weights(named, snapshot)
-        for change in describe_changes(weights, snapshot.trained):
+        for change in (*changed_settings(snapshot.state, run), *describe_changes(weights, snapshot.trained)):
             logger.info("%s", change)
     for chunk in chunks:
         chunk.to(topology.device)

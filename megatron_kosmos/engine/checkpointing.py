@@ -4,10 +4,7 @@ A checkpoint holds, for every parameter under its global name, `model/NAME` (the
 is not trained) and `optimizer/NAME/exp_avg` and `/exp_avg_sq`; and as JSON the step, the configuration and the data's
 fingerprint. Everything else follows from the step.
 
-What is frozen may change across a resume. Newly trained parameters start with zero moments. Adam's bias correction
-counts the run's updates, not theirs: with betas of 0.9 and 0.98 and an unchanging gradient their updates are 0.7 times
-the learning rate at first, 1.6 times after some 15 steps, and like all others after some 200. Newly frozen parameters
-keep their weight: the saved master in the precision that the model computes in.
+What may change across a resume is told in `resumption`.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -21,14 +18,13 @@ from torch import Tensor
 
 from megatron_kosmos import __version__
 from megatron_kosmos.checkpoint.background import BackgroundSaver
-from megatron_kosmos.checkpoint.errors import CheckpointError
 from megatron_kosmos.checkpoint.folders import complete_folder
 from megatron_kosmos.checkpoint.load import find_latest, load_checkpoint, read_state, read_tensor_names
 from megatron_kosmos.checkpoint.mesh import CheckpointMesh
 from megatron_kosmos.checkpoint.save import Retention
 from megatron_kosmos.checkpoint.tensors import JSON, TensorShard
 from megatron_kosmos.config import RunConfig
-from megatron_kosmos.config.data import data_step
+from megatron_kosmos.engine.resumption import check_resumption
 from megatron_kosmos.engine.stage import Stage
 from megatron_kosmos.model.names import NamedParameter
 from megatron_kosmos.optim.adamw import MOMENTS
@@ -42,16 +38,6 @@ MODEL_PREFIX = "model/"
 """What weights are named under in a checkpoint, before their global names."""
 
 _OPTIMIZER_PREFIX = "optimizer/"
-
-_NOT_ARCHITECTURE = (
-    "dropout",
-    "attention_dropout",
-    "pretrained",
-    "embedding_std",
-    "position_embedding_std",
-    "query_key_gain",
-)
-"""Model settings that a run may change without the weights being others."""
 
 ParameterState = dict[str, Tensor]
 """Master and, where the parameter is trained, moments."""
@@ -110,17 +96,11 @@ class CheckpointStore:
         Raises CheckpointError on every rank alike: for damage, for another architecture or order of the data, with what
         differs, and for other training data than the fingerprint `data` (None: any).
         """
-        state = read_state(folder)
-        _check_architecture(folder, state, run)
-        _check_order(folder, state, run)
-        if data is not None and state["data"] != data:
-            raise CheckpointError(
-                f"{folder} was trained on other data: corpora, weights, tokenizer, sequence length or packing have "
-                f"changed, so the run can't go on where it was; restore data.* or start a new run_dir"
-            )
-        if data is not None:
-            check_skipped_steps(folder, state, run)
-        trained = _trained_names(folder)
+        is_first, doing = self.mesh.rank == 0, f"reading what {folder} is"
+        ((state, trained), *_) = self.mesh.agree(
+            doing, lambda: (read_state(folder), _trained_names(folder)) if is_first else ({}, frozenset[str]())
+        )
+        check_resumption(folder, state, run, data)
         parameters = {
             one.name: _empty_state(one, (MASTER, *MOMENTS) if one.name in trained else (MASTER,)) for one in named
         }
@@ -201,49 +181,3 @@ def _trained_names(folder: Path) -> frozenset[str]:
 
 def _tensor_name(name: str, key: str) -> str:
     return MODEL_PREFIX + name if key == MASTER else f"{_OPTIMIZER_PREFIX}{name}/{key}"
-
-
-def _check_order(folder: Path, state: Mapping[str, Any], run: RunConfig) -> None:
-    """Refuse to go on with another order of the data, which follows from seed and global batch (decision 5)."""
-    for field in ("seed", "global_batch_size"):
-        saved, now = state["config"]["training"][field], getattr(run.training, field)
-        if saved != now:
-            raise CheckpointError(
-                f"{folder} was trained with training.{field}={saved}, not {now}: with another one the data would go on "
-                f"somewhere else; restore it or start a new run_dir"
-            )
-
-
-def check_skipped_steps(folder: Path, state: Mapping[str, Any], run: RunConfig) -> None:
-    """Refuse other stretches of skipped data before the checkpoint; behind it they may change."""
-    saved = _skipped_before(state["step"], state["config"]["data"].get("skip_steps", ()))
-    now = _skipped_before(state["step"], run.data.skip_steps)
-    if saved != now:
-        raise CheckpointError(
-            f"{folder} was trained with data.skip_steps={saved} before its step {state['step']}, not {now}; "
-            f"restore them, or go on from a checkpoint before the stretch that is to be skipped"
-        )
-
-
-def _skipped_before(step: int, skip_steps: Sequence[Sequence[int]]) -> list[list[int]]:
-    """Return the stretches that the first `step` steps passed over."""
-    next_step = data_step(step - 1, skip_steps) + 1
-    return [[first, last] for first, last in skip_steps if last < next_step]
-
-
-def _check_architecture(folder: Path, state: Mapping[str, Any], run: RunConfig) -> None:
-    """Refuse a checkpoint of another network, naming the fields that differ."""
-    saved, current = state["config"]["model"], run.model_dump(mode="json")["model"]
-    differing = [
-        f"model.{part}.{field}: {_shown(saved[part], field)} in the checkpoint, {_shown(current[part], field)} now"
-        for part in current
-        # Which fields a part has may depend on its kind.
-        for field in dict.fromkeys((*saved[part], *current[part]))
-        if field not in _NOT_ARCHITECTURE and _shown(saved[part], field) != _shown(current[part], field)
-    ]
-    if differing:
-        raise CheckpointError(f"{folder} holds another model:\n  " + "\n  ".join(differing))
-
-
-def _shown(fields: Mapping[str, Any], name: str) -> str:
-    return repr(fields[name]) if name in fields else "absent"

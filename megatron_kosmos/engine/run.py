@@ -51,12 +51,14 @@ def train(run: RunConfig, device: torch.device) -> None:
     if writer is not None:
         save_config(run, run.run_dir / "config.yaml")
     state: dict[str, JSON] = {"config": run.model_dump(mode="json"), "data": data}
-    callbacks: list[Callback] = [Checkpointing(run, runner, store, state), HeldoutEvaluation(run, runner, writer)]
+    callbacks: list[Callback] = [HeldoutEvaluation(run, runner, writer)]
     if run.logging.profile_steps is not None:
         callbacks.append(Profiling(run, first_step, dist.get_rank()))
     if writer is not None:
         callbacks.append(PackingMetrics(run, packing))
         callbacks.append(Metrics(run, runner, writer, dist.get_world_size(), first_step))
+    # Last, so that no checkpoint is there before the metrics of its step: a run that is killed has every step's once.
+    callbacks.append(Checkpointing(run, runner, store, state))
     with closing(read_together(loader.steps(first_step, run.training.steps), topology)) as steps:
         Trainer(run, runner, callbacks).train(first_step, steps)
     if loader.num_bad_images:

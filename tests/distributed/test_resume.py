@@ -154,6 +154,28 @@ def test_what_is_frozen_may_change(before: str, after: str, layout: str, tmp_pat
         assert message.startswith(f"{what}: {number} tensors of ")
 
 
+@pytest.mark.parametrize(("before", "after"), [("fp32", "bf16"), ("bf16", "fp32")])
+def test_the_precision_may_change(before: str, after: str, tmp_path: Path) -> None:
+    """Masters, moments and the count of updates are those that were saved, bit for bit, and that is said."""
+    run_ranks(train_rank, 2, tiny_run(training__precision=before), tmp_path, 2, 2)
+    saved = dict(read_tensors(complete_folder(tmp_path, 2)))
+    ranks = run_ranks(state_after_resume, 2, tiny_run(training__precision=after, parallel__zero_stage=2), tmp_path)
+    for state, updates, messages in ranks:
+        assert updates == 1
+        assert sum(len(tensors) == 3 for tensors in state.values()) > 20
+        for name, tensors in state.items():
+            if len(tensors) == 3:
+                assert torch.equal(tensors["master"], saved[f"model/{name}"])
+                assert all(
+                    torch.equal(tensors[key], saved[f"optimizer/{name}/{key}"]) for key in tensors.keys() - {"master"}
+                )
+        changed = [message for message in messages if "in the checkpoint" in message]
+        assert changed[0] == "parallel.zero_stage is 2, was 1 in the checkpoint"
+        assert changed[1].startswith(
+            f"training.precision is '{after}', was '{before}' in the checkpoint: masters and mom"
+        )
+
+
 def test_a_checkpoint_without_a_weight_of_the_model_is_refused(tmp_path: Path) -> None:
     """Also where the weight that it lacks would be newly trained: moments may be missing, weights may not."""
     run = tiny_run(model__decoder__num_layers=3)

@@ -99,7 +99,8 @@ def test_a_run_leaves_what_design_promises(trained: Path) -> None:
     assert "packing concatenate: " in (trained / "logs" / "rank_00000.log").read_text()
     assert {"heldout_loss_text", "heldout_loss_caption", "heldout_caption_exact_match"} <= lines[-1].keys()
     assert lines[-1]["loss"] < lines[0]["loss"]
-    assert sorted(path.name for path in (trained / "checkpoints").iterdir()) == ["step_00000002", "step_00000004"]
+    names = sorted(path.name for path in (trained / "checkpoints").iterdir())
+    assert names == ["latest", "step_00000002", "step_00000004"]
     assert (trained / "config.yaml").is_file()
     assert [path.name for path in sorted((trained / "logs").iterdir())] == ["rank_00000.log", "rank_00001.log"]
     board = EventAccumulator(str(trained / "tensorboard")).Reload().Tags()

@@ -7,7 +7,7 @@ import pytest
 
 from megatron_kosmos.checkpoint.errors import CheckpointError
 from megatron_kosmos.config import RunConfig
-from megatron_kosmos.engine.checkpointing import check_skipped_steps
+from megatron_kosmos.engine.resumption import check_skipped_steps
 from tests.distributed.tiny import tiny_run
 
 Stretches = tuple[tuple[int, int], ...]
