@@ -24,7 +24,7 @@ quickstart: $(VENV)/.installed ## train, evaluate and export a tiny KOSMOS on re
 test: $(VENV)/.installed-for-tests ## install, then lint, check types and layers, run the CPU tests
 	@$(MAKE) --no-print-directory check
 
-test-nightly: $(VENV)/.installed-for-tests ## the tests that are too long for every day: 300 random combinations
+test-nightly: $(VENV)/.installed-for-tests ## the tests that are too long for every day: 300 random combinations, 100 kills, every layout resumed
 	$(PYTEST) -m nightly
 
 fidelity: $(VENV)/.installed-for-tests ## compare with the oracles and write the figures into docs/fidelity.md

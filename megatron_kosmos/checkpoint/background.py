@@ -7,6 +7,7 @@ of a failure, at the same step.
 """
 
 import logging
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -79,7 +80,8 @@ class BackgroundSaver:
         group = None if mesh.group is None else dist.new_group(dist.get_process_group_ranks(mesh.group), backend="gloo")
         self._writer = CheckpointWriter(root, share, CheckpointMesh(mesh.tp_rank, mesh.tp_size, group), retention)
         self._mesh = mesh
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        # On Linux niceness is a thread's own: where cores are scarce, training goes first.
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint", initializer=os.nice, initargs=(10,))
         self._saving: Future[Path] | None = None
 
     @property

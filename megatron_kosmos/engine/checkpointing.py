@@ -122,19 +122,25 @@ class StageSaver:
 
     def __init__(self, store: CheckpointStore, stage: Stage) -> None:
         """Plan with all ranks who writes what, and allocate memory. Raises CheckpointError on every rank alike."""
-        self.stage, shape_of = stage, stage.optimizer.state.shape_of
+        self.stage, optimizer = stage, stage.optimizer.state
+        trained = [one.parameter for one in stage.named if one.parameter.requires_grad]
+        self._owners = dict(zip(trained, optimizer.owners(trained), strict=True))
         shards = [
             TensorShard(
                 _tensor_name(one.name, key),
-                torch.empty(shape_of(one.parameter), dtype=torch.float32, device="meta"),
+                torch.empty(optimizer.shape_of(one.parameter), dtype=torch.float32, device="meta"),
                 one.shard_dim,
             )
             for one in stage.named
-            if not one.is_tied_copy
+            if not one.is_tied_copy and self._may_write(one, store.topology)
             for key in ((MASTER, *MOMENTS) if one.parameter.requires_grad else (MASTER,))
         ]
         device = store.topology.device
         self.background = BackgroundSaver(store.root, shards, store.mesh, store.retention, device)
+
+    def _may_write(self, one: NamedParameter, topology: Topology) -> bool:
+        owner = self._owners.get(one.parameter)
+        return owner is None or owner.rank == topology.dp_rank
 
     def save(self, step: int, state: Mapping[str, JSON]) -> None:
         """Copy what there is after `step` optimizer steps, with `state` for its JSON, and start to write it.
@@ -145,14 +151,16 @@ class StageSaver:
         self.background.save(step, self._tensors(), {**state, "step": step, "updates": updates, "version": __version__})
 
     def _tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield everything that the stage holds; reading a parameter's state is a collective over the data ranks."""
+        """Yield what this rank may write. What ZeRO cuts is put together by collectives over the data ranks."""
         optimizer = self.stage.optimizer.state
         for one in self.stage.named:
-            if one.parameter.requires_grad:
-                for key, tensor in optimizer.read(one.parameter).items():
-                    yield _tensor_name(one.name, key), tensor
-            else:
+            if not one.parameter.requires_grad:
                 yield _tensor_name(one.name, MASTER), optimizer.frozen_weight(one.parameter)
+                continue
+            owner = self._owners[one.parameter]
+            state = optimizer.read(one.parameter) if owner is None else optimizer.read_on(owner, one.parameter)
+            for key, tensor in state.items():
+                yield _tensor_name(one.name, key), tensor
 
 
 def restore_weights(named: Iterable[NamedParameter], snapshot: Snapshot) -> None:

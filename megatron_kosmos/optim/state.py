@@ -1,11 +1,11 @@
 """A parameter's fp32 master and Adam moments, whole, wherever ZeRO has put their pieces.
 
-Reading is a collective over the data-parallel ranks and gives each of them the whole tensor: go parameter by parameter,
-and keep what is needed. Writing gives each rank its pieces without communication.
+Reading is a collective over the data-parallel ranks and gives each of them, or one, the whole tensor: go parameter by
+parameter, and keep what is needed. Writing gives each rank its pieces without communication.
 """
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +35,15 @@ class Fragment:
     def of(self, whole: Tensor) -> Tensor:
         """Return the piece of `whole`, which has the parameter's shape."""
         return whole.flatten()[self.offset : self.offset + self.length]
+
+
+@dataclass(frozen=True)
+class Owner:
+    """The data rank that a parameter's state is read on."""
+
+    rank: int
+    has_all: bool
+    """Whether ZeRO keeps the whole of it there, so that nothing has to be sent."""
 
 
 class OptimizerState:
@@ -74,6 +83,48 @@ class OptimizerState:
         fragment = self._fragment(parameter)
         return {name: self._whole(parameter, name, fragment) for name in (MASTER, *MOMENTS)}
 
+    def owners(self, parameters: Sequence[nn.Parameter]) -> list[Owner | None]:
+        """Choose the data rank to read each trained parameter on; None where every rank has all of it.
+
+        The rank that ZeRO keeps it on, or if it is cut the one with the least so far. All-gather over the data group.
+        """
+        if self.stage == 0 or self.topology.dp_size == 1:
+            return [None] * len(parameters)
+        fragments = [self._fragment(parameter) for parameter in parameters]
+        lengths = torch.tensor([fragment.length if fragment else 0 for fragment in fragments], dtype=torch.int64)
+        lengths = lengths.to(self.topology.device)
+        of_ranks = [torch.empty_like(lengths) for _ in range(self.topology.dp_size)]
+        dist.all_gather(of_ranks, lengths, group=self.topology.dp_group)
+        longest, holders = (of_parameters.tolist() for of_parameters in torch.stack(of_ranks).max(0))
+        sizes = [self.shape_of(parameter).numel() for parameter in parameters]
+        owners: list[Owner | None] = [
+            Owner(rank, True) if length == size else None
+            for rank, length, size in zip(holders, longest, sizes, strict=True)
+        ]
+        load = [0] * len(of_ranks)
+        for owner, size in zip(owners, sizes, strict=True):
+            if owner is not None:
+                load[owner.rank] += size
+        for number, size in enumerate(sizes):
+            if owners[number] is None:
+                rank = load.index(min(load))
+                owners[number] = Owner(rank, False)
+                load[rank] += size
+        return owners
+
+    def read_on(self, owner: Owner, parameter: nn.Parameter) -> dict[str, Tensor]:
+        """Return what `read` does on the data rank `owner`, {} elsewhere. Reduce over the data group if it is cut."""
+        fragment, is_owner = self._fragment(parameter), owner.rank == self.topology.dp_rank
+        state = {}
+        for name in (MASTER, *MOMENTS):
+            if owner.has_all and is_owner:
+                assert fragment is not None
+                state[name] = self._piece(name, fragment).view(self.shape_of(parameter))
+            elif not owner.has_all:
+                state[name] = self._piece_in_zeros(parameter, name, fragment)
+                dist.reduce(state[name], group_dst=owner.rank, group=self.topology.dp_group)
+        return state if is_owner else {}
+
     def frozen_weight(self, parameter: nn.Parameter) -> Tensor:
         """Return an untrained parameter, which has neither master nor moments."""
         if self.stage < 3:
@@ -101,14 +152,18 @@ class OptimizerState:
 
     def _whole(self, parameter: Any, name: str, fragment: Fragment | None) -> Tensor:
         """Put the data ranks' pieces together. All-reduce over the data group; none where each has all."""
-        shape = self.shape_of(parameter)
         if self.stage == 0 or self.topology.dp_size == 1:
             assert fragment is not None
-            return self._piece(name, fragment).view(shape)
-        whole = torch.zeros(shape, dtype=torch.float32, device=self.topology.device)
+            return self._piece(name, fragment).view(self.shape_of(parameter))
+        whole = self._piece_in_zeros(parameter, name, fragment)
+        dist.all_reduce(whole, group=self.topology.dp_group)
+        return whole
+
+    def _piece_in_zeros(self, parameter: Any, name: str, fragment: Fragment | None) -> Tensor:
+        """Return a tensor of the parameter's shape with what this rank has of it, and zeros."""
+        whole = torch.zeros(self.shape_of(parameter), dtype=torch.float32, device=self.topology.device)
         if fragment is not None:
             fragment.of(whole).copy_(self._piece(name, fragment))
-        dist.all_reduce(whole, group=self.topology.dp_group)
         return whole
 
     def _piece(self, name: str, fragment: Fragment) -> Tensor:

@@ -18,7 +18,14 @@ from megatron_kosmos.checkpoint.load import find_latest, load_checkpoint
 from megatron_kosmos.checkpoint.mesh import CheckpointMesh
 from megatron_kosmos.checkpoint.save import Retention
 from megatron_kosmos.checkpoint.tensors import TensorShard
+from megatron_kosmos.engine.builder import build_stage
+from megatron_kosmos.engine.callbacks import Checkpointing
+from megatron_kosmos.engine.checkpointing import CheckpointStore
+from megatron_kosmos.engine.train_step import StepRunner
+from megatron_kosmos.engine.trainer import StepReport
+from megatron_kosmos.parallel.topology import build_topology
 from tests.distributed.harness import RankFailure, run_ranks
+from tests.distributed.tiny import rank_batches, tiny_run
 
 pytestmark = pytest.mark.distributed
 
@@ -162,3 +169,24 @@ def test_a_rank_that_is_killed_amid_a_save_leaves_the_previous(tmp_path: Path) -
     with pytest.raises(RankFailure, match="rank 1 died"):
         run_ranks(leave_amid_a_save, 2, tmp_path, 2, True)
     assert find_latest(tmp_path) == complete_folder(tmp_path, 1)
+
+
+def checkpoints_after_each_step(root: Path) -> list[list[str]]:
+    """Save after each of five steps, waiting for the disk, and list what is there."""
+    run = tiny_run(checkpoint__asynchronous=False, checkpoint__every=1)
+    topology = build_topology(run.parallel, CPU)
+    stage, _ = build_stage(run, topology)
+    store = CheckpointStore(root, topology, keep_last=1, keep_every=2)
+    saving = Checkpointing(run, runner := StepRunner(run, stage, topology), store, {})
+    result = runner.train(0, rank_batches(0, "tttt", 0, 1))
+    listed = []
+    for step in range(1, 6):
+        saving.after_step(StepReport(step, False, result, seconds=1.0))
+        listed.append(sorted(path.name.removeprefix("step_0000000") for path in root.glob("step_*")))
+    saving.close()
+    return listed
+
+
+def test_a_run_can_wait_for_the_disk_and_keep_some_for_good(tmp_path: Path) -> None:
+    (listed,) = run_ranks(checkpoints_after_each_step, 1, tmp_path)
+    assert listed == [["1"], ["2"], ["2", "3"], ["2", "4"], ["2", "4", "5"]]

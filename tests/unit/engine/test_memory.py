@@ -103,7 +103,9 @@ def copied_bytes(run: RunConfig) -> tuple[int, int]:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("changes", [{"zero_stage": 3}, {"tensor_parallel_size": 2}, {"pipeline_parallel_size": 2}])
+@pytest.mark.parametrize(
+    "changes", [{"zero_stage": 1}, {"zero_stage": 3}, {"tensor_parallel_size": 2}, {"pipeline_parallel_size": 2}]
+)
 def test_the_copy_of_a_checkpoint_takes_what_is_planned(changes: dict[str, int]) -> None:
     changes = {f"parallel__{name}": value for name, value in changes.items()}
     run = tiny_run(**changes, model__decoder__tie_embeddings=True)
