@@ -178,7 +178,7 @@ def checkpoints_after_each_step(root: Path) -> list[list[str]]:
     stage, _ = build_stage(run, topology)
     store = CheckpointStore(root, topology, keep_last=1, keep_every=2)
     saving = Checkpointing(run, runner := StepRunner(run, stage, topology), store, {})
-    result = runner.train(0, rank_batches(0, "tttt", 0, 1))
+    result = runner.train(0, rank_batches(0, "tttt", topology))
     listed = []
     for step in range(1, 6):
         saving.after_step(StepReport(step, False, result, seconds=1.0))

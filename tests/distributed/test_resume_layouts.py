@@ -42,7 +42,7 @@ def train_rank(run: RunConfig, root: Path, save_at: int, save_in: Path) -> Serie
     runner = StepRunner(run, stage, topology)
     series = []
     for step in range(start, NUM_STEPS):
-        result = runner.train(step, rank_batches(step, "timm ittt dmtt", topology.dp_rank, topology.dp_size))
+        result = runner.train(step, rank_batches(step, "timm ittt dmtt", topology))
         series.append((result.sums.mean, result.grad_norm))
         if step + 1 == save_at:
             state = {"config": run.model_dump(mode="json")}
