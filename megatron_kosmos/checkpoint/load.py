@@ -4,7 +4,6 @@ import json
 import logging
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -82,15 +81,50 @@ def read_tensors(folder: Path, names: Collection[str] | None = None) -> Iterator
     Every file's checksum is checked before the first tensor. Raises DamagedCheckpointError, or CheckpointError if the
     checkpoint lacks a name.
     """
-    manifest = verify(folder, ALONE)
-    wanted = manifest.tensors if names is None else names
-    lacking = sorted(set(wanted) - manifest.tensors.keys())
+    tensors = StoredTensors(folder)
+    wanted = tensors.shapes if names is None else names
+    lacking = sorted(set(wanted) - tensors.shapes.keys())
     if lacking:
         raise CheckpointError(f"the checkpoint {folder} has no tensor named {', '.join(lacking)}")
-    with ExitStack() as stack:
-        parts = _open_parts(folder, stack)
-        for name in wanted:
-            yield name, _assemble(name, manifest.tensors[name], parts[name])
+    for name in wanted:
+        yield name, tensors.read(name)
+
+
+class StoredTensors:
+    """The whole tensors of a checkpoint, each read when it is asked for. One process, no group.
+
+    Every file's checksum is checked at the start. Raises DamagedCheckpointError.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._records = verify(folder, ALONE).tensors
+        self._files: dict[str, list[tuple[Path, list[int]]]] = {}
+        """The files that hold a part of a tensor, and where the part begins in the whole."""
+        for path in sorted(folder.glob("*.safetensors")):
+            with safe_open(path, framework="pt") as file:
+                for name, place in json.loads(file.metadata()[SHARDING]).items():
+                    self._files.setdefault(name, []).append((path, place["saved_offsets"]))
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Each whole tensor's shape by its name."""
+        return {name: record.shape for name, record in self._records.items()}
+
+    def read(self, name: str) -> Tensor:
+        """Return the tensor `name`, one of `shapes`, on the CPU. It may lie in the file: don't change it in place."""
+        record, parts = self._records[name], self._files[name]
+        whole: Tensor | None = None
+        for path, offsets in parts:
+            # A file stays mapped, and what was read of it in memory, while it is open: so each time anew.
+            with safe_open(path, framework="pt") as file:
+                part: Tensor = file.get_tensor(name)
+            if part.shape == record.shape:
+                return part
+            if whole is None:
+                whole = torch.empty(record.shape, dtype=getattr(torch, record.dtype))
+            whole[tuple(slice(start, start + size) for start, size in zip(offsets, part.shape, strict=True))] = part
+        assert whole is not None, f"{name} is in no file"
+        return whole
 
 
 def _check_fit(
@@ -130,23 +164,3 @@ def _read_shards(folder: Path, named: Mapping[str, TensorShard], mesh: Checkpoin
 def _parse_state(folder: Path) -> dict[str, JSON]:
     state: dict[str, JSON] = json.loads((folder / STATE_FILE).read_text("utf-8"))
     return state
-
-
-def _open_parts(folder: Path, stack: ExitStack) -> dict[str, list[tuple[Any, list[int]]]]:
-    """Return, for each tensor, the open files that hold a part of it and where the part begins in the whole."""
-    parts: dict[str, list[tuple[Any, list[int]]]] = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        file = stack.enter_context(safe_open(path, framework="pt"))
-        sharding = json.loads(file.metadata()[SHARDING])
-        for name, place in sharding.items():
-            parts.setdefault(name, []).append((file, place["saved_offsets"]))
-    return parts
-
-
-def _assemble(name: str, record: TensorRecord, parts: Sequence[tuple[Any, list[int]]]) -> Tensor:
-    whole = torch.empty(record.shape, dtype=getattr(torch, record.dtype))
-    for file, offsets in parts:
-        part = file.get_tensor(name)
-        region = tuple(slice(start, start + size) for start, size in zip(offsets, part.shape, strict=True))
-        whole[region] = part
-    return whole

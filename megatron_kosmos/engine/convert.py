@@ -1,94 +1,70 @@
 """From a training checkpoint to a folder that transformers loads, gated by a comparison of both models' logits."""
 
 import json
-import logging
-import shutil
 from collections import Counter
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import Kosmos2Config, PreTrainedTokenizerBase
 
 from megatron_kosmos import __version__
-from megatron_kosmos.checkpoint.load import find_latest, read_state, read_tensor_names, read_tensors
+from megatron_kosmos.checkpoint.load import StoredTensors, find_latest, read_state
 from megatron_kosmos.checkpoint.manifest import MANIFEST_FILE, Manifest
 from megatron_kosmos.config import RunConfig, parse_config
 from megatron_kosmos.data.tokenizer import KosmosTokenizer
 from megatron_kosmos.engine.checkpointing import CHECKPOINTS, MODEL_PREFIX
-from megatron_kosmos.engine.verify_export import largest_logit_difference, parameters_by_name, training_model
-from megatron_kosmos.hf.export_folder import kosmos_config, kosmos_processor, write_folder
+from megatron_kosmos.engine.conversion import (
+    MAX_ABS_LOGIT_DIFF,
+    MAX_FILE_BYTES,
+    ConversionError,
+    ConversionReport,
+    new_folder,
+    refuse_existing,
+)
+from megatron_kosmos.engine.verify_conversion import hf_logits, largest_difference, training_logits
+from megatron_kosmos.hf.export_folder import kosmos_config, write_folder, write_kosmos2_folder
+from megatron_kosmos.hf.folder_weights import FolderWeights
+from megatron_kosmos.hf.formats import Format, HFConfig, table_of
+from megatron_kosmos.hf.kosmos2 import kosmos2_config
 from megatron_kosmos.hf.load_tokenizer import training_tokenizer
 from megatron_kosmos.hf.model_card import CardFacts, model_card
-from megatron_kosmos.hf.name_map import Entry, check_names, name_table
+from megatron_kosmos.hf.name_map import Entry, check_names
 from megatron_kosmos.hf.shards import ShardWriter
-
-logger = logging.getLogger(__name__)
-
-MAX_ABS_LOGIT_DIFF = 1e-4
-"""Largest difference in fp32 between the training model's logits and the export's that is taken for rounding."""
-
-REPORT_FILE = "conversion.json"
-
-
-class ConversionError(ValueError):
-    """An export that cannot be made; the message says what, where and what to do."""
 
 
 @dataclass(frozen=True)
 class ExportOptions:
     """How to export."""
 
+    format: Format = "kosmos"
+    """Our class, which holds every model, or transformers' Kosmos2ForConditionalGeneration."""
     tokenizer: Path | None = None
     """Tokenizer folder; None takes the one that the run's configuration names."""
     verify: bool = True
     """Compare the logits of both models, and put nothing in place that differs."""
     overwrite: bool = False
     """Replace an output folder that exists."""
-    max_shard_bytes: int = 1 << 30
-    """Largest weight file, which is also about the memory that the export takes besides verification."""
+    max_shard_bytes: int = MAX_FILE_BYTES
 
 
-@dataclass(frozen=True)
-class ExportReport:
-    """What was exported; `conversion.json` in the folder."""
-
-    source: str
-    step: int
-    num_parameters: int
-    dtype: str
-    max_abs_logit_diff: float | None
-    """None if the export was not verified."""
-    bound: float
-    code_version: str
-
-
-def to_hf(source: Path, output: Path, options: ExportOptions = ExportOptions()) -> ExportReport:
+def to_hf(source: Path, output: Path, options: ExportOptions = ExportOptions()) -> ConversionReport:
     """Export a checkpoint folder, or a run's newest checkpoint, to the new folder `output`.
 
     The folder is written beside its place and renamed last. Raises ConversionError (nothing to export, output there
-    already, models that differ), NameMapError (tensors that don't fit), CheckpointError and DataError.
+    already, models that differ), FormatError (a model that the format cannot hold), NameMapError (tensors that don't
+    fit), CheckpointError and DataError.
     """
-    if output.exists() and not options.overwrite:
-        raise ConversionError(f"{output} exists; choose another folder or pass --overwrite")
+    refuse_existing(output, options.overwrite)
     folder = find_checkpoint(source)
     state = read_state(folder)
     run = parse_config(state["config"], f"{folder}/state.json")
-    tokenizer_folder = _find_tokenizer(options.tokenizer or run.data.tokenizer, run)
-    writing = output.absolute().with_name(f".{output.name}.writing")
-    shutil.rmtree(writing, ignore_errors=True)
-    writing.mkdir(parents=True)
-    try:
-        report = _Export(folder, run, writing, options).write(training_tokenizer(tokenizer_folder))
-        _check_difference(report)
-        _put_in_place(writing, output)
-    finally:
-        shutil.rmtree(writing, ignore_errors=True)
+    tokenizer = training_tokenizer(_find_tokenizer(options.tokenizer or run.data.tokenizer, run))
+    with new_folder(output) as writing:
+        report = _Export(folder, run, writing, options).write(tokenizer)
+        report.check()
     return report
 
 
@@ -109,30 +85,26 @@ class _Export:
     def __init__(self, checkpoint: Path, run: RunConfig, writing: Path, options: ExportOptions) -> None:
         self.checkpoint, self.run, self.writing, self.options = checkpoint, run, writing, options
 
-    def write(self, tokenizer: PreTrainedTokenizerBase) -> ExportReport:
+    def write(self, tokenizer: PreTrainedTokenizerBase) -> ConversionReport:
         """Write every file and return the report."""
-        config = kosmos_config(self.run.model, tokenizer)
-        table = name_table(config, self.run.model.decoder.padded_vocab_size)
-        stored = {
+        translate = kosmos2_config if self.options.format == "kosmos2" else kosmos_config
+        config: HFConfig = translate(self.run.model, tokenizer)
+        table = table_of(config, self.run.model.decoder.padded_vocab_size)
+        stored = StoredTensors(self.checkpoint)
+        weights = {
             name.removeprefix(MODEL_PREFIX): shape
-            for name, shape in read_tensor_names(self.checkpoint).items()
+            for name, shape in stored.shapes.items()
             if name.startswith(MODEL_PREFIX)
         }
-        check_names({entry.training_name: entry.training_shape for entry in table}, stored, str(self.checkpoint))
-        difference = None
-        model_or_none: AbstractContextManager[Any] = training_model(self.run) if self.options.verify else nullcontext()
-        with model_or_none as model:
-            to_fill = parameters_by_name(model) if model is not None else {}
-            parameters, config.dtype = self._stream_weights(table, to_fill)
-            config.vision_config.dtype = config.dtype
-            write_folder(self.writing, config, kosmos_processor(self.run.model, tokenizer))
-            if model is not None:
-                difference = largest_logit_difference(model, self.run, self.writing)
-        report = ExportReport(
+        check_names({entry.training_name: entry.training_shape for entry in table}, weights, str(self.checkpoint))
+        parameters, dtype = self._stream_weights(table, stored)
+        self._write_folder(config, dtype, tokenizer)
+        difference = self._compare(config, stored) if self.options.verify else None
+        report = ConversionReport(
             source=str(self.checkpoint),
             step=Manifest.read(self.checkpoint).step,
             num_parameters=sum(parameters.values()),
-            dtype=str(config.dtype).removeprefix("torch."),
+            dtype=str(dtype).removeprefix("torch."),
             max_abs_logit_diff=difference,
             bound=MAX_ABS_LOGIT_DIFF,
             code_version=__version__,
@@ -140,27 +112,37 @@ class _Export:
         metrics = last_metrics(self.checkpoint.absolute().parent.parent / "metrics.jsonl", report.step)
         card = model_card(self.run, config, CardFacts(report.step, parameters, metrics, difference))
         (self.writing / "README.md").write_text(card, encoding="utf-8")
-        (self.writing / REPORT_FILE).write_text(json.dumps(asdict(report), indent=2) + "\n", encoding="utf-8")
+        report.write(self.writing)
         return report
 
-    def _stream_weights(
-        self, table: tuple[Entry, ...], to_fill: Mapping[str, Tensor]
-    ) -> tuple[dict[str, int], torch.dtype]:
-        """Write the weights and fill the training model's; return the parameters of each part and their dtype."""
-        entries = {MODEL_PREFIX + entry.training_name: entry for entry in table}
+    def _stream_weights(self, table: tuple[Entry, ...], stored: StoredTensors) -> tuple[dict[str, int], torch.dtype]:
+        """Write the weights; return the parameters of each part and their dtype."""
         writer = ShardWriter(self.writing, self.options.max_shard_bytes)
         parameters: Counter[str] = Counter()
         dtypes = set()
-        for name, tensor in read_tensors(self.checkpoint, list(entries)):
-            entry = entries[name]
-            if entry.training_name in to_fill:
-                to_fill[entry.training_name].copy_(tensor)
+        for entry in table:
+            tensor = stored.read(MODEL_PREFIX + entry.training_name)
             for hf_name, part in zip(entry.hf_names, entry.split(tensor), strict=True):
                 writer.add(hf_name, part)
                 parameters[hf_name.partition(".")[0].replace("_", " ")] += part.numel()
             dtypes.add(tensor.dtype)
         writer.close()
         return dict(parameters), reduce(torch.promote_types, dtypes)
+
+    def _write_folder(self, config: HFConfig, dtype: torch.dtype, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Write everything of the folder but its weights."""
+        config.dtype = config.vision_config.dtype = dtype
+        if isinstance(config, Kosmos2Config):
+            config.text_config.dtype = dtype
+            write_kosmos2_folder(self.writing, config, self.run.model, tokenizer)
+        else:
+            write_folder(self.writing, config, self.run.model, tokenizer)
+
+    def _compare(self, config: HFConfig, stored: StoredTensors) -> float:
+        """Return the largest difference of the logits of the checkpoint and of the files that were written."""
+        expected = training_logits(self.run, lambda name: stored.read(MODEL_PREFIX + name))
+        exported = FolderWeights(self.writing)
+        return largest_difference(hf_logits(config, exported.read, self.run.model), expected)
 
 
 def last_metrics(path: Path, step: int) -> dict[str, Any]:
@@ -173,28 +155,6 @@ def last_metrics(path: Path, step: int) -> dict[str, Any]:
                 if values["step"] <= step:
                     latest |= {name: value for name, value in values.items() if value is not None}
     return latest
-
-
-def _put_in_place(writing: Path, output: Path) -> None:
-    """Rename `writing` to `output`; what stood there is removed only when the new folder has its place."""
-    if not output.exists():
-        writing.rename(output)
-        return
-    replaced = writing.with_suffix(".replaced")
-    output.rename(replaced)
-    writing.rename(output)
-    shutil.rmtree(replaced)
-
-
-def _check_difference(report: ExportReport) -> None:
-    difference = report.max_abs_logit_diff
-    if difference is None:
-        logger.warning("the export was not compared with the training model")
-    elif not difference <= report.bound:  # NaN, too
-        raise ConversionError(
-            f"the exported model's logits differ from the training model's by {difference:.3g}, more than "
-            f"{report.bound:.0e}; nothing was put in place"
-        )
 
 
 def _find_tokenizer(folder: Path, run: RunConfig) -> Path:

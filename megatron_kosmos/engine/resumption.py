@@ -53,6 +53,8 @@ def check_resumption(folder: Path, state: Mapping[str, Any], run: RunConfig, dat
     `data` is the fingerprint of the training data; None allows any.
     """
     _check_architecture(folder, state, run)
+    if state["step"] == 0:
+        return  # A converted checkpoint has read no data: any will do.
     _check_order(folder, state, run)
     if data is not None and state["data"] != data:
         raise CheckpointError(
@@ -117,16 +119,21 @@ def _skipped_before(step: int, skip_steps: Sequence[Sequence[int]]) -> list[list
 
 def _check_architecture(folder: Path, state: Mapping[str, Any], run: RunConfig) -> None:
     """Refuse a checkpoint of another network, naming the fields that differ."""
-    saved, current = state["config"]["model"], run.model_dump(mode="json")["model"]
-    differing = [
-        f"model.{part}.{field}: {_shown(saved[part], field)} in the checkpoint, {_shown(current[part], field)} now"
-        for part in current
+    fields = differing_fields(state["config"]["model"], run.model_dump(mode="json")["model"])
+    if fields:
+        lines = [f"{name}: {saved} in the checkpoint, {now} now" for name, saved, now in fields]
+        raise CheckpointError(f"{folder} holds another model:\n  " + "\n  ".join(lines))
+
+
+def differing_fields(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """Return the fields that make two `model` sections different networks, each with both values as text."""
+    return [
+        (f"model.{part}.{field}", _shown(one[part], field), _shown(other[part], field))
+        for part in other
         # Which fields a part has may depend on its kind.
-        for field in dict.fromkeys((*saved[part], *current[part]))
-        if field not in _NOT_ARCHITECTURE and _shown(saved[part], field) != _shown(current[part], field)
+        for field in dict.fromkeys((*one[part], *other[part]))
+        if field not in _NOT_ARCHITECTURE and _shown(one[part], field) != _shown(other[part], field)
     ]
-    if differing:
-        raise CheckpointError(f"{folder} holds another model:\n  " + "\n  ".join(differing))
 
 
 def _shown(fields: Mapping[str, Any], name: str) -> str:

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import torch
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig, Kosmos2Config, PreTrainedTokenizerBase
 from transformers.dynamic_module_utils import custom_object_save
 
 from megatron_kosmos.config import CrossAttentionConfig, ModelConfig, ResamplerConfig
@@ -13,6 +13,7 @@ from megatron_kosmos.hf import (
     KosmosImageProcessor,
     KosmosProcessor,
 )
+from megatron_kosmos.hf.kosmos2 import kosmos2_generation_config, kosmos2_processor
 from megatron_kosmos.prompt import IMAGE_MEAN, IMAGE_STD
 
 MAX_NEW_TOKENS = 64
@@ -97,11 +98,21 @@ def generation_config(config: KosmosConfig) -> GenerationConfig:
     )
 
 
-def write_folder(folder: Path, config: KosmosConfig, processor: KosmosProcessor) -> None:
+def write_folder(folder: Path, config: KosmosConfig, model: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> None:
     """Write configurations, tokenizer files and the code that `trust_remote_code` runs to `folder`."""
     with torch.device("meta"):
-        model = KosmosForConditionalGeneration(config)
-    custom_object_save(model, folder, config=config)
+        exported = KosmosForConditionalGeneration(config)
+    custom_object_save(exported, folder, config=config)
     config.save_pretrained(folder)
     generation_config(config).save_pretrained(folder)
+    kosmos_processor(model, tokenizer).save_pretrained(folder)
+
+
+def write_kosmos2_folder(
+    folder: Path, config: Kosmos2Config, model: ModelConfig, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Write configurations and tokenizer files for transformers' own classes. Raises FormatError."""
+    processor = kosmos2_processor(model, tokenizer)
+    config.save_pretrained(folder)
+    kosmos2_generation_config(config, MAX_NEW_TOKENS).save_pretrained(folder)
     processor.save_pretrained(folder)

@@ -4,8 +4,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from transformers import Kosmos2Config
+
 from megatron_kosmos.config import RunConfig
 from megatron_kosmos.hf.configuration_kosmos import KosmosConfig
+from megatron_kosmos.hf.formats import HFConfig
+from megatron_kosmos.hf.kosmos2 import as_kosmos_config
 from megatron_kosmos.prompt import CAPTION_PROMPT
 
 
@@ -21,17 +25,49 @@ class CardFacts:
     """Against the training model, fp32; None if the export was not verified."""
 
 
-def model_card(run: RunConfig, config: KosmosConfig, facts: CardFacts) -> str:
+def model_card(run: RunConfig, config: HFConfig, facts: CardFacts) -> str:
     """Return the card as Markdown with the front matter that Hugging Face reads."""
+    is_stock = isinstance(config, Kosmos2Config)
+    config = as_kosmos_config(config) if isinstance(config, Kosmos2Config) else config
     return _TEMPLATE.format(
+        use=(_USE_KOSMOS2 if is_stock else _USE).format(prompt=CAPTION_PROMPT, slots=config.num_image_tokens),
         sizes=_table({**_sizes(config), **_parameters(facts)}),
         data=_table(_data_mix(run)),
         training=_table(_training(run, facts)),
         check=_check(facts),
-        prompt=CAPTION_PROMPT,
-        slots=config.num_image_tokens,
     )
 
+
+_USE = """```python
+from PIL import Image
+from transformers import AutoModelForCausalLM, AutoProcessor
+
+folder = "."  # this folder
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+inputs = processor(text="{prompt}", images=[Image.open("picture.png")], return_tensors="pt")
+tokens = model.generate(**inputs, num_beams=5)
+print(processor.batch_decode(tokens[:, inputs["input_ids"].shape[1] :])[0])
+```
+
+A prompt is `<s> <image> {slots} slots </image> text`; `<image>` in the text says where the next picture goes. There is
+no chat format. Batches are padded on the left."""
+
+_USE_KOSMOS2 = """```python
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+folder = "."  # this folder
+model = AutoModelForImageTextToText.from_pretrained(folder)
+processor = AutoProcessor.from_pretrained(folder)
+picture = Image.open("picture.png")
+inputs = processor(text="{prompt}", images=picture, num_image_tokens={slots}, return_tensors="pt")
+tokens = model.generate(**inputs, num_beams=5)
+print(processor.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)[0])
+```
+
+These are transformers' own classes. Their processor takes one picture a prompt, before the text; there is no chat
+format."""
 
 _TEMPLATE = """---
 library_name: transformers
@@ -48,20 +84,7 @@ It is a pre-trained model: it goes on with what it is given and was not taught t
 
 ## Use
 
-```python
-from PIL import Image
-from transformers import AutoModelForCausalLM, AutoProcessor
-
-folder = "."  # this folder
-model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
-processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
-inputs = processor(text="{prompt}", images=[Image.open("picture.png")], return_tensors="pt")
-tokens = model.generate(**inputs, num_beams=5)
-print(processor.batch_decode(tokens[:, inputs["input_ids"].shape[1] :])[0])
-```
-
-A prompt is `<s> <image> {slots} slots </image> text`; `<image>` in the text says where the next picture goes. There is
-no chat format. Batches are padded on the left.
+{use}
 
 ## Sizes
 

@@ -55,6 +55,7 @@ class Entry:
     training_name: str
     training_shape: Shape
     hf_names: tuple[str, ...]
+    hf_shapes: tuple[Shape, ...]
     split: Callable[[Tensor], tuple[Tensor, ...]]
     """Training tensor to exported tensors, in the order of `hf_names`; views where possible."""
     join: Callable[..., Tensor]
@@ -122,7 +123,7 @@ def _renames(config: KosmosConfig) -> dict[str, str]:
 
 
 def _copy(training_name: str, shape: Shape, hf_name: str) -> Entry:
-    return Entry(training_name, shape, (hf_name,), lambda tensor: (tensor,), lambda tensor: tensor)
+    return Entry(training_name, shape, (hf_name,), (shape,), lambda tensor: (tensor,), lambda tensor: tensor)
 
 
 def _vocabulary(training_name: str, shape: Shape, hf_name: str, padded_vocab_size: int) -> Entry:
@@ -131,6 +132,7 @@ def _vocabulary(training_name: str, shape: Shape, hf_name: str, padded_vocab_siz
         training_name,
         (padded_vocab_size, *shape[1:]),
         (hf_name,),
+        (shape,),
         lambda tensor: (tensor[:vocab_size],),
         partial(pad_rows, num_rows=padded_vocab_size),
     )
@@ -138,11 +140,12 @@ def _vocabulary(training_name: str, shape: Shape, hf_name: str, padded_vocab_siz
 
 def _fused_qkv(training_name: str, query_shape: Shape, query_name: str, config: KosmosConfig) -> Entry:
     num_groups, head_size = config.num_key_value_heads, config.head_dim
-    rows = (config.num_attention_heads + 2 * num_groups) * head_size
+    rows = [heads * head_size for heads in (config.num_attention_heads, num_groups, num_groups)]
     return Entry(
         training_name,
-        (rows, *query_shape[1:]),
+        (sum(rows), *query_shape[1:]),
         tuple(query_name.replace(SPLIT_QKV[0], part) for part in SPLIT_QKV),
+        tuple((number, *query_shape[1:]) for number in rows),
         partial(split_qkv, num_groups=num_groups, head_size=head_size),
         partial(join_qkv, num_groups=num_groups, head_size=head_size),
     )

@@ -21,9 +21,10 @@ from megatron_kosmos.cli import convert as convert_command
 from megatron_kosmos.config import ConfigError
 from megatron_kosmos.data.errors import DataError
 from megatron_kosmos.data.tokenizer_making import TrainingSettings, import_tokenizer, train_tokenizer
-from megatron_kosmos.engine import convert
-from megatron_kosmos.engine.convert import ConversionError, ExportOptions, find_checkpoint, last_metrics, to_hf
-from megatron_kosmos.engine.verify_export import verification_batch
+from megatron_kosmos.engine import conversion, convert
+from megatron_kosmos.engine.conversion import ConversionError
+from megatron_kosmos.engine.convert import ExportOptions, find_checkpoint, last_metrics, to_hf
+from megatron_kosmos.engine.verify_conversion import verification_batch
 from megatron_kosmos.hf.name_map import Entry, NameMapError
 from tests.distributed.presets import shrunk
 from tests.distributed.tiny import tiny_run
@@ -101,7 +102,7 @@ def test_an_output_that_exists_is_kept_unless_overwriting(run_dir: Path, tmp_pat
 def test_a_wrong_map_is_caught_and_nothing_is_put_in_place(
     run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    right = convert.name_table
+    right = convert.table_of
 
     def keys_for_values(*args: object) -> tuple[Entry, ...]:
         return tuple(
@@ -111,9 +112,9 @@ def test_a_wrong_map_is_caught_and_nothing_is_put_in_place(
             for entry in right(*args)  # type: ignore[arg-type]
         )
 
-    monkeypatch.setattr(convert, "name_table", keys_for_values)
+    monkeypatch.setattr(convert, "table_of", keys_for_values)
     (tmp_path / "out").mkdir()
-    with pytest.raises(ConversionError, match=r"differ from the training model's by .* nothing was put in place"):
+    with pytest.raises(ConversionError, match=r"differ from the source's by .* nothing was put in place"):
         to_hf(run_dir, tmp_path / "out", ExportOptions(overwrite=True))
     assert left_behind(tmp_path) == ["out"]
     assert left_behind(tmp_path / "out") == []
@@ -187,7 +188,7 @@ def test_a_tokenizer_of_another_run_is_refused(tokenizer: Path, tmp_path: Path) 
 def test_without_verification_the_report_says_so(
     run_dir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with caplog.at_level(logging.WARNING, logger=convert.__name__):
+    with caplog.at_level(logging.WARNING, logger=conversion.__name__):
         report = to_hf(run_dir, tmp_path / "out", ExportOptions(verify=False))
     assert report.max_abs_logit_diff is None
     assert "not compared" in caplog.text

@@ -11,7 +11,8 @@ from megatron_kosmos.checkpoint.mesh import CheckpointMesh
 from megatron_kosmos.checkpoint.save import save_checkpoint
 from megatron_kosmos.checkpoint.tensors import TensorShard
 from megatron_kosmos.config import RunConfig
-from megatron_kosmos.engine.verify_export import parameters_by_name, training_model
+from megatron_kosmos.engine.verify_conversion import training_model
+from megatron_kosmos.model.names import named_parameters
 from tests.distributed.tiny import tiny_run
 
 STEP = 7
@@ -27,8 +28,8 @@ def trained_run(
     settings = {"model__decoder__vocab_size": 347, "model__decoder__max_sequence_length": 300} | changes
     run = tiny_run(run_dir=str(run_dir), data__tokenizer=str(tokenizer), **settings)
     generator = torch.Generator().manual_seed(3)
-    with training_model(run) as model:
-        weights = {name: tensor.clone() for name, tensor in parameters_by_name(model).items()}
+    with training_model(run) as (model, _):
+        weights = {named.name: torch.empty(named.parameter.shape) for named in named_parameters(model)}
     for name, tensor in weights.items():
         is_scale = tensor.dim() == 1 and name.endswith("weight") and "norm" in name
         is_input = name.endswith(("word_embeddings.weight", "resampler.projection.weight"))

@@ -1,0 +1,80 @@
+"""What every conversion shares: an output that appears at once or not at all, the report, and the bound of the gate."""
+
+import json
+import logging
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+logger = logging.getLogger(__name__)
+
+MAX_ABS_LOGIT_DIFF = 1e-4
+"""Largest difference in fp32 between the two models' logits that is taken for rounding."""
+MAX_FILE_BYTES = 1 << 30
+"""Largest weight file, which is also about the memory that a conversion takes besides verification."""
+REPORT_FILE = "conversion.json"
+
+
+class ConversionError(ValueError):
+    """A conversion that cannot be made; the message says what, where and what to do."""
+
+
+@dataclass(frozen=True)
+class ConversionReport:
+    """What was converted; `conversion.json` in the folder."""
+
+    source: str
+    step: int
+    num_parameters: int
+    dtype: str
+    max_abs_logit_diff: float | None
+    """Between the two models; None if they were not compared."""
+    bound: float
+    code_version: str
+
+    def check(self) -> None:
+        """Raise ConversionError where the models differ."""
+        difference = self.max_abs_logit_diff
+        if difference is None:
+            logger.warning("the logits of the two models were not compared")
+        elif not difference <= self.bound:  # NaN, too
+            raise ConversionError(
+                f"the converted model's logits differ from the source's by {difference:.3g}, more than "
+                f"{self.bound:.0e}; nothing was put in place"
+            )
+
+    def write(self, folder: Path) -> None:
+        """Write the report beside the converted files."""
+        (folder / REPORT_FILE).write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
+
+
+def refuse_existing(output: Path, overwrite: bool) -> None:
+    """Raise ConversionError where `output` is there and is not to be replaced."""
+    if output.exists() and not overwrite:
+        raise ConversionError(f"{output} exists; choose another folder or pass --overwrite")
+
+
+@contextmanager
+def new_folder(output: Path) -> Iterator[Path]:
+    """Give a folder to write to, beside `output`; it takes that name at the end, unless something was raised."""
+    writing = output.absolute().with_name(f".{output.name}.writing")
+    shutil.rmtree(writing, ignore_errors=True)
+    writing.mkdir(parents=True)
+    try:
+        yield writing
+        _put_in_place(writing, output)
+    finally:
+        shutil.rmtree(writing, ignore_errors=True)
+
+
+def _put_in_place(writing: Path, output: Path) -> None:
+    """Rename `writing` to `output`; what stood there is removed only when the new folder has its place."""
+    if not output.exists():
+        writing.rename(output)
+        return
+    replaced = writing.with_suffix(".replaced")
+    output.rename(replaced)
+    writing.rename(output)
+    shutil.rmtree(replaced)

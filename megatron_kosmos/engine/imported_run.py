@@ -1,0 +1,83 @@
+"""The run that a conversion from elsewhere makes: its configuration, and a checkpoint of weights before the first step.
+
+The checkpoint has masters alone, so `kosmos train` finds every weight newly trained and starts AdamW from zero; and it
+is at step 0, so the data begins at its first sample, whatever the data is.
+"""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_kosmos import __version__
+from megatron_kosmos.checkpoint.folders import complete_folder
+from megatron_kosmos.checkpoint.write_tensors import TensorWriter
+from megatron_kosmos.config import RunConfig, load_config, parse_config
+from megatron_kosmos.data.tokenizer import KosmosTokenizer
+from megatron_kosmos.data.tokenizer_making import import_tokenizer
+from megatron_kosmos.data.tokenizer_settings import SETTINGS_FILE
+from megatron_kosmos.engine.checkpointing import CHECKPOINTS, MODEL_PREFIX
+from megatron_kosmos.engine.conversion import MAX_FILE_BYTES, ConversionError
+from megatron_kosmos.engine.resumption import differing_fields
+
+CONFIG_FILE = "config.yaml"
+TOKENIZER_FOLDER = "tokenizer"
+TOKENIZER_FILES = (SETTINGS_FILE, "tokenizer.json", "sentencepiece.bpe.model", "spiece.model")
+"""Of a Hugging Face folder, in the order in which they are looked for: its own ids come first."""
+
+SETTINGS: Mapping[str, Mapping[str, Any]] = {
+    "training": {"steps": 10_000, "micro_batch_size": 1, "global_batch_size": 64},
+    "optimizer": {"learning_rate": 2.0e-5, "warmup_steps": 375},
+}
+"""Where no configuration is given: a start to be edited. The peak rate is a tenth of pre-training's."""
+
+
+def run_of(model: Mapping[str, Any], output: Path, config: Path | None) -> RunConfig:
+    """Return the configuration of a run in `output` whose network is the section `model`.
+
+    `config` names a YAML with the run's settings, whose own section `model` must describe the same network; None takes
+    `SETTINGS`, and corpora that are places to fill. Raises ConversionError with the fields that differ, ConfigError.
+    """
+    length = model["decoder"]["max_sequence_length"]
+    corpora = [{"kind": "text", "prefix": "data/text"}, {"kind": "caption", "prefix": "data/captions"}]
+    data = {"tokenizer": str(output / TOKENIZER_FOLDER), "sequence_length": length, "train": corpora}
+    start = {"run_dir": str(output), "model": model, "data": data, **SETTINGS}
+    if config is None:
+        return parse_config(start, "the source's configuration")
+    run = load_config(config).model_copy(update={"run_dir": output})
+    decoder = {**model["decoder"], "vocab_multiple": run.model.decoder.vocab_multiple}
+    theirs = parse_config(start | {"model": {**model, "decoder": decoder}}, "the source's configuration").model
+    fields = differing_fields(theirs.model_dump(mode="json"), run.model.model_dump(mode="json"))
+    if fields:
+        lines = [f"{name}: {source} in the source, {here} in {config}" for name, source, here in fields]
+        raise ConversionError(f"{config} describes another network than the source:\n  " + "\n  ".join(lines))
+    return run
+
+
+def write_initial_checkpoint(run_dir: Path, run: RunConfig, weights: Iterable[tuple[str, Tensor]]) -> Path:
+    """Write the checkpoint of a run that has not begun, from weights by global name; return its folder."""
+    folder = complete_folder(run_dir / CHECKPOINTS, 0)
+    folder.mkdir(parents=True)
+    writer = TensorWriter(folder, MAX_FILE_BYTES)
+    for name, tensor in weights:
+        writer.add(MODEL_PREFIX + name, tensor.to(torch.float32).contiguous())
+    state = {"config": run.model_dump(mode="json"), "data": None, "step": 0, "updates": 0, "version": __version__}
+    writer.close(0, state)
+    return folder
+
+
+def take_tokenizer(source: Path, run_dir: Path, vocab_size: int) -> str | None:
+    """Put the tokenizer of a Hugging Face folder into the run's; return why not, if it could not be taken."""
+    file = next((name for name in TOKENIZER_FILES if (source / name).is_file()), None)
+    if file is None:
+        return f"{source} has none of {', '.join(TOKENIZER_FILES)}"
+    tokenizer = KosmosTokenizer.load(source) if file == SETTINGS_FILE else import_tokenizer(source / file)
+    if tokenizer.vocab_size > vocab_size:
+        return (
+            f"with the markers of pictures that it lacks, the tokenizer in {source} has {tokenizer.vocab_size} ids, "
+            f"the model {vocab_size}"
+        )
+    tokenizer.save(run_dir / TOKENIZER_FOLDER)
+    return None
