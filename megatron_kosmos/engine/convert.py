@@ -29,7 +29,7 @@ from megatron_kosmos.hf.export_folder import kosmos_config, write_folder, write_
 from megatron_kosmos.hf.folder_weights import FolderWeights
 from megatron_kosmos.hf.formats import Format, HFConfig, table_of
 from megatron_kosmos.hf.kosmos2 import kosmos2_config
-from megatron_kosmos.hf.load_tokenizer import training_tokenizer
+from megatron_kosmos.hf.load_tokenizer import stock_tokenizer, training_tokenizer
 from megatron_kosmos.hf.model_card import CardFacts, model_card
 from megatron_kosmos.hf.name_map import Entry, check_names
 from megatron_kosmos.hf.shards import ShardWriter
@@ -61,7 +61,8 @@ def to_hf(source: Path, output: Path, options: ExportOptions = ExportOptions()) 
     folder = find_checkpoint(source)
     state = read_state(folder)
     run = parse_config(state["config"], f"{folder}/state.json")
-    tokenizer = training_tokenizer(_find_tokenizer(options.tokenizer or run.data.tokenizer, run))
+    load_tokenizer = stock_tokenizer if options.format == "kosmos2" else training_tokenizer
+    tokenizer = load_tokenizer(_find_tokenizer(options.tokenizer or run.data.tokenizer, run))
     with new_folder(output) as writing:
         report = _Export(folder, run, writing, options).write(tokenizer)
         report.check()

@@ -10,22 +10,26 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import XLMRobertaTokenizer
 
 from megatron_kosmos import __version__
 from megatron_kosmos.checkpoint.folders import complete_folder
 from megatron_kosmos.checkpoint.write_tensors import TensorWriter
 from megatron_kosmos.config import RunConfig, load_config, parse_config
+from megatron_kosmos.data.errors import DataError
 from megatron_kosmos.data.tokenizer import KosmosTokenizer
 from megatron_kosmos.data.tokenizer_making import import_tokenizer
 from megatron_kosmos.data.tokenizer_settings import SETTINGS_FILE
 from megatron_kosmos.engine.checkpointing import CHECKPOINTS, MODEL_PREFIX
 from megatron_kosmos.engine.conversion import MAX_FILE_BYTES, ConversionError
 from megatron_kosmos.engine.resumption import differing_fields
+from megatron_kosmos.prompt import END_OF_IMAGE, IMAGE, LINE
 
 CONFIG_FILE = "config.yaml"
 TOKENIZER_FOLDER = "tokenizer"
-TOKENIZER_FILES = (SETTINGS_FILE, "tokenizer.json", "sentencepiece.bpe.model", "spiece.model")
-"""Of a Hugging Face folder, in the order in which they are looked for: its own ids come first."""
+XLM_ROBERTA_FILE = "sentencepiece.bpe.model"
+TOKENIZER_FILES = (SETTINGS_FILE, XLM_ROBERTA_FILE, "tokenizer.json")
+"""Of a Hugging Face folder, in the order in which they are looked for."""
 
 SETTINGS: Mapping[str, Mapping[str, Any]] = {
     "training": {"steps": 10_000, "micro_batch_size": 1, "global_batch_size": 64},
@@ -73,7 +77,10 @@ def take_tokenizer(source: Path, run_dir: Path, vocab_size: int) -> str | None:
     file = next((name for name in TOKENIZER_FILES if (source / name).is_file()), None)
     if file is None:
         return f"{source} has none of {', '.join(TOKENIZER_FILES)}"
-    tokenizer = KosmosTokenizer.load(source) if file == SETTINGS_FILE else import_tokenizer(source / file)
+    try:
+        tokenizer = _xlm_roberta(source / file) if file == XLM_ROBERTA_FILE else _own(source, file)
+    except DataError as error:
+        return str(error)
     if tokenizer.vocab_size > vocab_size:
         return (
             f"with the markers of pictures that it lacks, the tokenizer in {source} has {tokenizer.vocab_size} ids, "
@@ -81,3 +88,18 @@ def take_tokenizer(source: Path, run_dir: Path, vocab_size: int) -> str | None:
         )
     tokenizer.save(run_dir / TOKENIZER_FOLDER)
     return None
+
+
+def _own(source: Path, file: str) -> KosmosTokenizer:
+    return KosmosTokenizer.load(source) if file == SETTINGS_FILE else import_tokenizer(source / file)
+
+
+def _xlm_roberta(file: Path) -> KosmosTokenizer:
+    """Return a sentencepiece model with the tokens and ids that transformers adds to it in this folder (Kosmos-2's)."""
+    imported = import_tokenizer(file, newlines="line")
+    names = XLMRobertaTokenizer.from_pretrained(file.parent).get_added_vocab()
+    if not {IMAGE, END_OF_IMAGE, LINE} <= names.keys():
+        return imported
+    size = max(names.values()) + 1
+    settings = imported.settings.model_copy(update={"vocab_size": size, "special_tokens": names})
+    return KosmosTokenizer(file.read_bytes(), settings, str(file))

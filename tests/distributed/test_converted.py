@@ -57,8 +57,8 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("sources")
     train_tokenizer(TEXT, TrainingSettings(vocab_size=300)).save(root / "tokenizer")
     for name, changes in MODELS.items():
-        sizes = {"model__decoder__max_sequence_length": LENGTH}
-        trained_run(root / name / "made", root / "tokenizer", **sizes, **changes)
+        sizes: dict[str, Any] = {"model__decoder__max_sequence_length": LENGTH}
+        trained_run(root / name / "made", root / "tokenizer", **(sizes | changes))
         to_hf(root / name / "made", root / name / "hf", ExportOptions(verify=False))
         save_config(tiny_run(**changes), root / name / "run.yaml")
         options = ImportOptions(config=root / name / "run.yaml", verify=False)
