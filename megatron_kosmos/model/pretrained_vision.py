@@ -5,7 +5,9 @@ The folder may hold a whole CLIP model or its vision side alone, with or without
 itself would build the folder's own sizes, and draw at random what the folder lacks.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -26,6 +28,11 @@ _FIELDS = {
 }
 """Fields of `VisionConfig` and what transformers calls them."""
 
+_OTHER_PARTS = ("text_model.", "text_projection.", "visual_projection.", "logit_scale")
+"""What a whole CLIP has besides its vision tower."""
+_ROW_NUMBERS = ".position_ids"
+"""A buffer that older versions of transformers saved."""
+
 
 def pretrained_vision(vision: VisionConfig, folder: Path) -> dict[str, Tensor]:
     """Return the fp32 weights of the CLIP vision tower in `folder` under the names of `CLIPVisionModel`.
@@ -40,18 +47,37 @@ def pretrained_vision(vision: VisionConfig, folder: Path) -> dict[str, Tensor]:
     try:
         _check_sizes(vision, folder)
         model, loading = CLIPVisionModel.from_pretrained(
-            folder, dtype=torch.float32, local_files_only=True, use_safetensors=True, output_loading_info=True
+            folder,
+            dtype=torch.float32,
+            local_files_only=True,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,  # only to hear of all of them
+            output_loading_info=True,
         )
     except (OSError, SafetensorError) as error:
         raise ConfigError(f"model.vision.pretrained={folder} can't be read: {error}") from error
-    missing = sorted(loading["missing_keys"])
-    if missing:
+    problems = _problems(loading)
+    if problems:
         raise ConfigError(
-            f"model.vision.pretrained={folder} lacks {len(missing)} weights of the vision tower, {missing[0]} first; "
-            f"take the folder of a whole CLIP or CLIP vision model"
+            f"model.vision.pretrained={folder} does not hold the vision tower of its config.json; take the folder of a "
+            f"whole CLIP or CLIP vision model:\n  " + "\n  ".join(problems)
         )
     weights: dict[str, Tensor] = model.state_dict()
     return weights
+
+
+def _problems(loading: Mapping[str, Any]) -> list[str]:
+    """Return every name that is missing or left over, and every shape that differs."""
+    misshaped = [
+        f"differs in shape: {name} is {list(found)}, the model wants {list(wanted)}"
+        for name, found, wanted in sorted(loading["mismatched_keys"])
+    ]
+    left_over = (name for name in sorted(loading["unexpected_keys"]) if not name.startswith(_OTHER_PARTS))
+    return [
+        *(f"missing: {name}" for name in sorted(loading["missing_keys"])),
+        *(f"left over: {name}" for name in left_over if not name.endswith(_ROW_NUMBERS)),
+        *misshaped,
+    ]
 
 
 def _check_sizes(vision: VisionConfig, folder: Path) -> None:

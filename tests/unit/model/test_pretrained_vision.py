@@ -107,11 +107,32 @@ def test_another_activation_is_refused(folder: Path) -> None:
         pretrained_vision(VISION.model_copy(update={"activation": "gelu"}), folder)
 
 
-def test_missing_weights_are_refused(folder: Path) -> None:
-    """transformers would draw them at random and only log it."""
-    rewrite(folder, lambda tensors: {name: one for name, one in tensors.items() if "layers.2" not in name})
-    with pytest.raises(ConfigError, match=r"lacks 16 weights of the vision tower, encoder\.layers\.2\."):
+@pytest.mark.parametrize("style", [bare_names, prefixed_names])
+def test_weights_that_do_not_fit_are_refused_and_all_listed(folder: Path, style: Callable[[Path], None]) -> None:
+    """transformers would draw the missing ones at random and only log it."""
+
+    def change(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        kept = {name: one for name, one in tensors.items() if "layers.2." not in name}
+        prefix = "vision_model." if style is prefixed_names else ""
+        kept[f"{prefix}encoder.layers.0.mlp.fc3.weight"] = torch.ones(2)
+        kept[f"{prefix}pre_layrnorm.weight"] = torch.ones(3)
+        return kept
+
+    style(folder)
+    rewrite(folder, change)
+    with pytest.raises(ConfigError, match=r"does not hold the vision tower") as error:
         pretrained_vision(VISION, folder)
+    message = str(error.value)
+    assert message.count("missing: ") == 16
+    assert "missing: encoder.layers.2.layer_norm1.bias" in message
+    assert "encoder.layers.0.mlp.fc3.weight" in message
+    assert "pre_layrnorm.weight is [3], the model wants [16]" in message
+
+
+def test_row_numbers_of_old_files_do_no_harm(folder: Path) -> None:
+    rewrite(folder, lambda tensors: tensors | {"vision_model.embeddings.position_ids": torch.arange(5)[None]})
+    weights = pretrained_vision(VISION, folder)
+    assert all(torch.equal(weights[name], tensor) for name, tensor in random_tower().state_dict().items())
 
 
 @pytest.mark.parametrize("name", [WEIGHTS, "config.json"])
