@@ -26,6 +26,7 @@ def register(app: typer.Typer) -> None:
     convert = typer.Typer(help="Turn training checkpoints into Hugging Face models and back.", no_args_is_help=True)
     convert.command("to-hf")(to_hf)
     convert.command("from-hf")(from_hf)
+    convert.command("from-torchscale")(from_torchscale)
     app.add_typer(convert, name="convert")
 
 
@@ -63,6 +64,22 @@ def from_hf(
 
     options = conversion.ImportOptions(config=config, verify=verify, overwrite=overwrite)
     _report(lambda: conversion.from_hf(source, output, options), output)
+
+
+def from_torchscale(
+    source: Annotated[Path, typer.Argument(metavar="STATE_DICT", help="What torch.save wrote of model.state_dict().")],
+    output: Output,
+    torchscale_config: Annotated[Path, typer.Option(help="JSON with the arguments of torchscale's DecoderConfig.")],
+    config: Annotated[Path, typer.Option(help="YAML of the run to make, such as configs/kosmos_x.yaml.")],
+    verify: Verify = True,
+    overwrite: Overwrite = False,
+) -> None:
+    """Write a run folder with the weights of a Kosmos-X model, torchscale's decoder with its vision side."""
+    quiet_libraries()
+    from megatron_kosmos.engine import from_torchscale as conversion
+
+    options = conversion.TorchscaleOptions(torchscale_config, config, verify=verify, overwrite=overwrite)
+    _report(lambda: conversion.from_torchscale(source, output, options), output)
 
 
 def _report(convert: Callable[[], "ConversionReport"], output: Path) -> None:

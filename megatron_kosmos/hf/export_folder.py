@@ -20,9 +20,11 @@ MAX_NEW_TOKENS = 64
 """What `generate()` writes at most when it is not told: captions are short."""
 
 
-def kosmos_config(model: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> KosmosConfig:
-    """Translate a training configuration."""
+def kosmos_config(model: ModelConfig, tokenizer: PreTrainedTokenizerBase | None) -> KosmosConfig:
+    """Translate a training configuration; without a tokenizer, special tokens have the class's default ids."""
     decoder, vision, resampler = model.decoder, model.vision, model.resampler
+    roles = ("pad_token_id", "bos_token_id", "eos_token_id", "image_token_id", "end_of_image_token_id")
+    ids = {} if tokenizer is None else {role: getattr(tokenizer, role) for role in roles}
     return KosmosConfig(
         architectures=[KosmosForConditionalGeneration.__name__],
         vocab_size=decoder.vocab_size,
@@ -54,11 +56,7 @@ def kosmos_config(model: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> Kos
         resampler_num_heads=resampler.num_heads,
         num_image_tokens=resampler.num_latents,
         **_resampler_sizes(resampler),
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        image_token_id=tokenizer.image_token_id,
-        end_of_image_token_id=tokenizer.end_of_image_token_id,
+        **ids,
     )
 
 
