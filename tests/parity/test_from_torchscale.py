@@ -44,7 +44,7 @@ class KosmosX(nn.Module):
         self.model = model
         self.clip_model = randomized(CLIPVisionModel(clip_config(model.vision)).eval(), 1)
         self.decoder = torchscale_decoder(model.decoder, 2).float()
-        self.embed = self.decoder.embed_tokens
+        self.embed = self.decoder.get_submodule("embed_tokens")
         self.embed_positions, self.output_projection = self.decoder.embed_positions, self.decoder.output_projection
         self.perceive = flamingo_resampler(model.resampler, model.vision.width, 3).float()
         self.image_proj = randomized(nn.Linear(model.vision.width, model.decoder.width, bias=False), 4)
