@@ -26,10 +26,10 @@ class ShardWriter:
         """Names of the tensors of each file."""
 
     def add(self, name: str, tensor: Tensor) -> None:
-        """Take a tensor; its storage may be freed or changed afterwards."""
+        """Take a tensor, which must stay as it is until a later call has written it."""
         if self._pending and self._pending_bytes + tensor.nbytes > self.max_shard_bytes:
             self._flush()
-        self._pending[name] = tensor.detach().cpu().contiguous().clone()
+        self._pending[name] = tensor.detach().cpu().contiguous()
         self._pending_bytes += tensor.nbytes
         self.num_parameters += tensor.numel()
 
