@@ -98,7 +98,9 @@ def answer(folder: Path) -> tuple[list[int], Tensor, list[int]]:
     return inputs["input_ids"][0].tolist(), logits, tokens[0].tolist()
 
 
-@pytest.mark.parametrize("kind", ODD)
+@pytest.mark.parametrize(
+    "kind", ["odd", *(pytest.param(kind, marks=pytest.mark.nightly) for kind in ("small", "untied"))]
+)
 def test_a_stock_model_comes_back_to_the_bit(kind: str, processor: Kosmos2Processor, tmp_path: Path) -> None:
     stock = save(tmp_path / "stock", processor, **ODD[kind])
     there = from_hf(stock, tmp_path / "run")
