@@ -93,7 +93,7 @@ def losses(run: RunConfig, root: Path | None, num_steps: int) -> list[float]:
     stage, start = build_stage(run, topology, store, "any data")
     runner = StepRunner(run, stage, topology)
     assert start == 0
-    batches = (rank_batches(step, "timm", topology.dp_rank, topology.dp_size) for step in range(num_steps))
+    batches = (rank_batches(step, "timm", topology) for step in range(num_steps))
     return [runner.train(step, batch).sums.mean for step, batch in enumerate(batches)]
 
 
