@@ -7,6 +7,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +106,7 @@ class Encoder:
         chunk = EncodedChunk(np.zeros(0, self._dtype))
         choose = self._choose_text if self.kind == "text" else self._choose
         chosen = []
-        for record in records:
+        for record in chain.from_iterable(record.each() for record in records):
             try:
                 chosen.append(choose(record, chunk))
             except BadDocument as problem:

@@ -1,7 +1,7 @@
 """How a corpus is cut into parts: by bytes of its input files, so that every process knows the cuts beforehand.
 
-The inputs lie one behind the other; a part is a stretch of `part_bytes` of them, and a record belongs to the part in
-which its last byte lies.
+The inputs lie one behind the other; a part is a stretch of `part_bytes` of them, and a record, or a block of lines,
+belongs to the part in which the last byte that was read for it lies.
 """
 
 from collections.abc import Collection, Iterator, Sequence
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 
-from megatron_kosmos.data.documents import CONTAINERS, check_input, read_records
+from megatron_kosmos.data.documents import BLOCK_BYTES, CONTAINERS, check_input, read_blocks
 from megatron_kosmos.data.errors import DataError
 from megatron_kosmos.data.input_format import InputFormat
 from megatron_kosmos.data.readers.records import RawRecord
@@ -25,7 +25,7 @@ LIST_PART_BYTES = 4 << 20
 
 @dataclass(frozen=True)
 class PlacedRecord:
-    """A record and where it lies."""
+    """A record, or a block of lines, and where it lies."""
 
     record: RawRecord
     part: int
@@ -76,7 +76,8 @@ class PartPlan:
             if file.stat().st_size != self._sizes[number]:
                 raise DataError(f"{file} had {self._sizes[number]} bytes and has {file.stat().st_size}: it is changing")
             offset = 0
-            for record in read_records(kind, file, names):
+            # Blocks no longer than parts, or parts would be empty; as long as these whatever the cut of the work.
+            for record in read_blocks(kind, file, min(BLOCK_BYTES[kind], self._part_bytes), names):
                 offset = max(offset, record.offset)  # the note of a damaged place may lie behind the last record
                 part = self._part_at(number, offset)
                 if part > wanted[-1]:

@@ -15,11 +15,12 @@ from typing import Any
 from megatron_kosmos.data.encoding import EncodedChunk, Encoder, EncoderSettings
 from megatron_kosmos.data.errors import DataError
 from megatron_kosmos.data.part_plan import PlacedRecord
-from megatron_kosmos.data.readers.records import RawRecord
+from megatron_kosmos.data.readers.records import Lines, RawRecord
 from megatron_kosmos.prompt import SourceKind
 
 MAX_RECORDS: dict[SourceKind, int] = {"text": 256, "caption": 32, "interleaved": 32}
-"""Records of a chunk: enough to make the way to another process cheap, few where pictures travel back."""
+"""Records of a chunk: enough to make the way to another process cheap, few where pictures travel back. A block of lines
+ends a chunk, too."""
 MAX_BYTES = 8 << 20
 """A chunk ends once its records take as many bytes in memory."""
 GC_THRESHOLD = 100_000
@@ -94,7 +95,8 @@ def _chunks(kind: SourceKind, records: Iterator[PlacedRecord]) -> Iterator[_Chun
         except DataError as error:
             placed, problem = None, error
         is_full = len(chunk) >= MAX_RECORDS[kind] or in_memory >= MAX_BYTES
-        if chunk and (is_full or placed is None or placed.part != part):
+        has_lines = bool(chunk) and isinstance(chunk[-1].content, Lines)
+        if chunk and (is_full or has_lines or placed is None or placed.part != part):
             yield _Chunk(chunk, part, end)
             chunk, in_memory = [], 0
         if placed is None:

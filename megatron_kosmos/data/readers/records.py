@@ -1,6 +1,7 @@
 """Records: documents as they lie in their files, not looked into yet."""
 
-from collections.abc import Mapping
+import io
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,6 +31,13 @@ class Row:
 
 
 @dataclass(frozen=True)
+class Lines:
+    """Whole lines of a file, one behind the other, so that they travel between processes as one."""
+
+    data: bytes
+
+
+@dataclass(frozen=True)
 class Unreadable:
     """Stands for a record that cannot be read, or for the rest of a damaged file."""
 
@@ -38,12 +46,12 @@ class Unreadable:
 
 
 class RawRecord(NamedTuple):
-    """One document as its file has it. A tuple, since there are millions that travel between processes."""
+    """One document as its file has it, or many as `Lines`. A tuple, since there are millions."""
 
     file: Path
     place: str
-    """Number of the line, `row N` (both from 1), or key of the members of a tar."""
-    content: bytes | Sample | Row | Unreadable
+    """Number of the (first) line, `row N` (both from 1), or key of the members of a tar."""
+    content: bytes | Sample | Row | Unreadable | Lines
     offset: int = 0
     """Bytes of the file that are read once this record is, compressed ones where it is compressed: its progress."""
 
@@ -67,10 +75,21 @@ class RawRecord(NamedTuple):
                 return sum(map(len, members.values()))
             case Row(num_bytes=num_bytes):
                 return num_bytes
+            case Lines(data=data):
+                return len(data)
             case Unreadable():
                 return 0
             case data:
                 return len(data)
+
+    def each(self) -> Iterator["RawRecord"]:
+        """Yield the documents that it stands for: itself, or lines that are more than white space."""
+        if not isinstance(self.content, Lines):
+            yield self
+            return
+        for number, line in enumerate(io.BytesIO(self.content.data), int(self.place)):
+            if not line.isspace():
+                yield RawRecord(self.file, str(number), line, self.offset)
 
 
 class DamagedFile(Exception):

@@ -5,9 +5,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
-from megatron_kosmos.data.readers.records import MAX_RECORD_BYTES, DamagedFile, RawRecord, too_large
+from megatron_kosmos.data.readers.records import (
+    MAX_RECORD_BYTES,
+    DamagedFile,
+    Lines,
+    RawRecord,
+    Unreadable,
+    too_large,
+)
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
@@ -24,21 +31,30 @@ def format_suffix(file: Path) -> str:
     return (file.with_suffix("") if file.suffix in COMPRESSIONS else file).suffix
 
 
-def read_lines(file: Path) -> Iterator[RawRecord]:
-    """Yield the lines of `file` that are more than white space. Raises DamagedFile."""
-    number = 0
+def read_lines(file: Path, block_bytes: int) -> Iterator[RawRecord]:
+    """Yield the lines of `file` in blocks of `block_bytes`, and by itself a line that begins in one and ends behind it.
+
+    Where the blocks are cut depends on the file and `block_bytes` alone. Raises DamagedFile.
+    """
+    number = 1
     with _open(file) as (stream, compressed):
         try:
-            while line := stream.readline(MAX_RECORD_BYTES + 1):
-                number += 1
-                if len(line) > MAX_RECORD_BYTES:
-                    num_bytes = len(line) + _skip_line(stream, line)
-                    content = too_large(num_bytes, MAX_RECORD_BYTES, "the line")
-                    yield RawRecord(file, str(number), content, compressed.tell())
-                elif not line.isspace():
-                    yield RawRecord(file, str(number), line, compressed.tell())
+            while block := stream.read1(block_bytes):
+                end = block.rfind(b"\n") + 1
+                if end:
+                    yield RawRecord(file, str(number), Lines(block[:end]), compressed.tell())
+                    number += block.count(b"\n")
+                if end < len(block):
+                    line = block[end:] + stream.readline(MAX_RECORD_BYTES + 1)
+                    content: bytes | Unreadable = line
+                    if len(line) > MAX_RECORD_BYTES:
+                        num_bytes = len(line) + _skip_line(stream, line)
+                        content = too_large(num_bytes, MAX_RECORD_BYTES, "the line")
+                    if not line.isspace():
+                        yield RawRecord(file, str(number), content, compressed.tell())
+                    number += 1
         except OSError as error:
-            raise DamagedFile(file, str(number + 1), f"the file cannot be read from here on: {error}") from error
+            raise DamagedFile(file, str(number), f"the file cannot be read from here on: {error}") from error
 
 
 def read_whole(file: Path, limit: int = MAX_RECORD_BYTES) -> Iterator[RawRecord]:
@@ -56,9 +72,9 @@ def read_whole(file: Path, limit: int = MAX_RECORD_BYTES) -> Iterator[RawRecord]
 
 
 @contextmanager
-def _open(file: Path) -> Iterator[tuple[BinaryIO, BinaryIO]]:
+def _open(file: Path) -> "Iterator[tuple[io.BufferedReader[Any], BinaryIO]]":
     """Give the decompressed stream, whose errors are OSErrors, and the one whose position is that in the file."""
-    with file.open("rb", buffering=BUFFER_BYTES) as plain:
+    with io.BufferedReader(io.FileIO(file), BUFFER_BYTES) as plain:
         if file.suffix not in COMPRESSIONS:
             yield plain, plain
         else:

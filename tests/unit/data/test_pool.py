@@ -18,10 +18,13 @@ from megatron_kosmos.data.errors import DataError
 from megatron_kosmos.data.filters import Filters
 from megatron_kosmos.data.input_format import USUAL
 from megatron_kosmos.data.part_plan import PartPlan, PlacedRecord
-from megatron_kosmos.data.pool import CHUNKS_UNDER_WAY, MAX_RECORDS, PlacedChunk, encode_records
+from megatron_kosmos.data.pool import CHUNKS_UNDER_WAY, PlacedChunk, encode_records
 from megatron_kosmos.data.row_format import RowFormat
 from megatron_kosmos.data.tokenizer import KosmosTokenizer
 
+PART_BYTES = 4 << 10
+"""And of a chunk."""
+NUM_DOCUMENTS = 5000
 ROOT = Path(__file__).parents[3]
 WriteLines = Callable[[str, Sequence[str]], Path]
 
@@ -33,15 +36,13 @@ def settings(tokenizer_folder: Path) -> EncoderSettings:
 
 @pytest.fixture
 def numbered(write_lines: WriteLines) -> Path:
-    return write_lines(
-        "numbered.jsonl", [json.dumps({"text": str(number)}) for number in range(20 * MAX_RECORDS["text"])]
-    )
+    return write_lines("numbered.jsonl", [json.dumps({"text": str(number)}) for number in range(NUM_DOCUMENTS)])
 
 
 def encode(settings: EncoderSettings, files: list[Path], num_workers: int) -> Generator[PlacedChunk]:
-    """Encode files as one part."""
-    plan = PartPlan(files, [file.stat().st_size for file in files], 1 << 30)
-    return encode_records(settings, plan.read("text", USUAL, [0]), num_workers)
+    """Encode files in many chunks."""
+    plan = PartPlan(files, [file.stat().st_size for file in files], PART_BYTES)
+    return encode_records(settings, plan.read("text", USUAL, range(plan.num_parts)), num_workers)
 
 
 def test_chunks_come_in_order(settings: EncoderSettings, numbered: Path, tokenizer: KosmosTokenizer) -> None:
@@ -49,7 +50,7 @@ def test_chunks_come_in_order(settings: EncoderSettings, numbered: Path, tokeniz
     encoded = [chunk.encoded for chunk in chunks]
     documents = [ids for chunk in encoded for ids in np.split(chunk.tokens, np.cumsum(chunk.lengths)[:-1])]
     texts = [tokenizer.decode(document) for document in documents]
-    assert texts == [str(number) for number in range(20 * MAX_RECORDS["text"])] * 2
+    assert texts == [str(number) for number in range(NUM_DOCUMENTS)] * 2
     ends = [chunk.end for chunk in chunks]
     assert ends == sorted(ends)
     assert ends[-1] == 2 * numbered.stat().st_size
@@ -83,12 +84,12 @@ def test_an_error_of_the_input_comes_after_what_was_read_before(
 ) -> None:
     few = write_lines("few.jsonl", ['{"text": "x"}'] * 3)
     files = [numbered, few, few]
-    plan = PartPlan(files, [numbered.stat().st_size, few.stat().st_size, 1], 1 << 30)
-    chunks = encode_records(settings, plan.read("text", USUAL, [0]), num_workers)
-    before = [next(chunks).encoded.num_documents for _ in range(21)]
-    assert sum(before) == 20 * MAX_RECORDS["text"] + 3
+    plan = PartPlan(files, [numbered.stat().st_size, few.stat().st_size, 1], PART_BYTES)
+    chunks = encode_records(settings, plan.read("text", USUAL, range(plan.num_parts)), num_workers)
+    before: list[PlacedChunk] = []
     with pytest.raises(DataError, match=r"few\.jsonl had 1 bytes and has 42: it is changing"):
-        next(chunks)
+        before.extend(chunks)
+    assert sum(chunk.encoded.num_documents for chunk in before) == NUM_DOCUMENTS + 3
 
 
 def test_reading_ahead_is_bounded(settings: EncoderSettings, numbered: Path, tmp_path: Path) -> None:
@@ -96,12 +97,13 @@ def test_reading_ahead_is_bounded(settings: EncoderSettings, numbered: Path, tmp
 
     def records() -> Iterator[PlacedRecord]:
         nonlocal read
-        for record in PartPlan([numbered], [numbered.stat().st_size], 1 << 30).read("text", USUAL, [0]):
+        plan = PartPlan([numbered], [numbered.stat().st_size], PART_BYTES)
+        for record in plan.read("text", USUAL, range(plan.num_parts)):
             read += 1
             yield record
 
     next(encode_records(settings, records(), num_workers=2))
-    assert read <= (2 * CHUNKS_UNDER_WAY + 1) * MAX_RECORDS["text"]
+    assert read <= 2 * (2 * CHUNKS_UNDER_WAY + 1)  # a chunk is a block of lines and the line between two blocks
 
 
 WORK = """
