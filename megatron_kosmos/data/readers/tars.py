@@ -77,7 +77,8 @@ def _content(stream: BinaryIO, tar: tarfile.TarFile, member: tarfile.TarInfo) ->
         return too_large(member.size, MAX_RECORD_BYTES, member.name)
     if member.issparse():
         content = tar.extractfile(member)
-        return content.read() if content is not None else b""
+        assert content is not None, "it is a regular file"
+        return b"".join(iter(lambda: content.read(MAX_HEADER_BYTES), b""))  # no more at once than _Headers reads
     stream.seek(member.offset_data)
     data = stream.read(member.size)
     if len(data) < member.size:
