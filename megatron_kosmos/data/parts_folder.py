@@ -8,7 +8,7 @@ import os
 import shutil
 import socket
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from glob import escape
 from pathlib import Path
 
@@ -46,15 +46,18 @@ class PartsFolder:
 
     def create(self, job: Job) -> None:
         """Make the folder for `job`, unless another process just did. Raises DataError."""
-        with told_when_full(self.path):
-            self.prefix.parent.mkdir(parents=True, exist_ok=True)
-            new = own_name(self.path)
-            new.mkdir()
-        record = HashedFile(new / JOB)
-        record.write(as_file(job))
-        record.close()
-        fsync_folder(new)
-        put_in_place(new, self.path)
+        new, is_there = own_name(self.path), False
+        while not is_there:
+            with told_when_full(self.path):
+                self.prefix.parent.mkdir(parents=True, exist_ok=True)
+                new.mkdir()
+            with suppress(FileNotFoundError):  # it was taken for a leftover on another machine: again
+                record = HashedFile(new / JOB)
+                record.write(as_file(job))
+                record.close()
+                fsync_folder(new)
+                put_in_place(new, self.path)
+                is_there = True
 
     def part_path(self, number: int) -> Path:
         """Return the folder of a part."""
@@ -142,7 +145,8 @@ def remove_leftovers(path: Path) -> None:
     own_host = f"{PARTIAL}{socket.gethostname()}-"
     for leftover in path.parent.glob(f"{escape(path.name)}{PARTIAL}*"):
         _, is_here, process = leftover.name.partition(own_host)
-        if not (is_here and _is_alive(int(process))):
+        # Behind the name of a host that begins with this one's there is more than a number.
+        if not (is_here and process.isdecimal() and _is_alive(int(process))):
             shutil.rmtree(leftover, ignore_errors=True)
 
 
