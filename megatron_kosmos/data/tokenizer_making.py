@@ -44,17 +44,18 @@ def train_tokenizer(texts: Iterable[str], settings: TrainingSettings) -> KosmosT
     """Train on `texts`, with the special tokens of `prompt.SPECIAL_TOKENS` at ids 0 … 6.
 
     Nothing is normalized, so that double spaces and indentation survive, and a character without a piece is written in
-    bytes, so that every text decodes to itself. Raises DataError when the text is too small for the vocabulary.
+    bytes, so that every text decodes to itself. Raises DataError when the text is too small for the vocabulary, and
+    that which `texts` raises.
     """
     if settings.model_type == "byte-bpe":
         _refuse_unless(settings.newlines in {None, "keep"}, settings.newlines, "byte-bpe", "keep")
         return train_byte_bpe(texts, settings.vocab_size)
     newlines = settings.newlines or "line"
     _refuse_unless(newlines != "keep", newlines, settings.model_type, "line or collapse")
-    model = io.BytesIO()
+    model, problems = io.BytesIO(), list[DataError]()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=_lines(texts),
+            sentence_iterator=_lines(texts, problems),
             model_writer=model,
             vocab_size=settings.vocab_size,
             model_type=settings.model_type,
@@ -79,6 +80,8 @@ def train_tokenizer(texts: Iterable[str], settings: TrainingSettings) -> KosmosT
             minloglevel=2,
         )
     except RuntimeError as error:
+        if problems:
+            raise problems[0] from None
         raise DataError(
             f"sentencepiece cannot train {settings.vocab_size} pieces: {error}. Give more text or a smaller vocabulary"
         ) from error
@@ -87,11 +90,16 @@ def train_tokenizer(texts: Iterable[str], settings: TrainingSettings) -> KosmosT
     return KosmosTokenizer(model.getvalue(), described, "trained")
 
 
-def _lines(texts: Iterable[str]) -> Iterable[str]:
-    for text in texts:
-        for line in text.split("\n"):
-            if line.strip():
-                yield line
+def _lines(texts: Iterable[str], problems: list[DataError]) -> Iterable[str]:
+    """Yield the lines of `texts`; an error goes to `problems` too, since the trainer makes a RuntimeError of it."""
+    try:
+        for text in texts:
+            for line in text.split("\n"):
+                if line.strip():
+                    yield line
+    except DataError as error:
+        problems.append(error)
+        raise
 
 
 def _refuse_unless(is_legal: bool, newlines: Newlines | None, kind: str, legal: str) -> None:

@@ -4,13 +4,14 @@ import io
 from collections.abc import Callable
 from pathlib import Path
 from pydoc_data.topics import topics
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import sentencepiece
 from transformers import T5Tokenizer, XLMRobertaTokenizer
 
-from megatron_kosmos.data.errors import DataError
+from megatron_kosmos.data.documents import read_texts
+from megatron_kosmos.data.errors import BadDocument, DataError
 from megatron_kosmos.data.tokenizer import KosmosTokenizer
 from megatron_kosmos.data.tokenizer_making import TrainingSettings, find_model, import_tokenizer, train_tokenizer
 
@@ -51,6 +52,15 @@ def test_training_twice_gives_the_same_tokenizer(model_type: str) -> None:
 def test_too_little_text_for_the_vocabulary() -> None:
     with pytest.raises(DataError, match=r"cannot train 5000 pieces.*smaller vocabulary"):
         train_tokenizer(["a few words"], TrainingSettings(5000))
+
+
+@pytest.mark.parametrize("model_type", ["unigram", "bpe", "byte-bpe"])
+def test_a_bad_document_is_told_as_it_is(
+    model_type: Literal["unigram", "bpe", "byte-bpe"], write_lines: Callable[..., Path]
+) -> None:
+    file = write_lines("a.jsonl", ['{"text": "good"}', "{"])
+    with pytest.raises(BadDocument, match=r"a\.jsonl:2: Invalid JSON: .* \[invalid_json\]$"):
+        train_tokenizer(read_texts(file), TrainingSettings(vocab_size=300, model_type=model_type))
 
 
 def test_t5_with_one_end_and_begin_token(foreign_model: Callable[[str], Path]) -> None:
