@@ -248,10 +248,11 @@ def _run(preparation: "Preparation", shard_index: int, num_shards: int | None) -
 
         if num_shards is not None:
             parts = prepare_shard(preparation, shard_index, num_shards, show)
+            has_work = bool(parts)
         else:
-            manifest = prepare(preparation, show)
+            manifest, has_work = prepare(preparation, show), True
         was_finished = progress.tasks[task].total is None
-    if was_finished:
+    if has_work and was_finished:
         console.print(f"{output} was finished before; there was nothing to do", markup=False, soft_wrap=True)
     elif num_shards is not None:
         done = f"parts {parts.start} to {parts.stop - 1}" if parts else "there are fewer parts than shards: none"

@@ -108,6 +108,9 @@ def test_shards_and_merge(kosmos: Kosmos, write_lines: WriteLines, tokenizer_fol
     status, said = kosmos("preprocess", "merge", "--output", output)
     assert status == 1
     assert "run again --num-shards 2 with --shard-index 0" in said
+    status, said = kosmos(*prepare, "--part-megabytes", 1, "--num-shards", 9, "--shard-index", 0)
+    assert status == 0, said
+    assert "there are fewer parts than shards: none; when all 9 shards are done: kosmos preprocess merge" in said
     status, said = kosmos(*sharded, 0)
     assert status == 0, said
     status, said = kosmos("preprocess", "merge", "--output", output)
