@@ -21,10 +21,10 @@ class View:
     height: int
     is_flipped: bool = False
 
-    def box(self, scale: float) -> tuple[int, int, int, int]:
-        """Return left, top, right and bottom in the picture after it was resized by `scale`."""
-        sides = (self.left, self.top, self.left + self.width, self.top + self.height)
-        left, top, right, bottom = (round(side * scale) for side in sides)
+    def box(self, across: float, down: float) -> tuple[int, int, int, int]:
+        """Return left, top, right and bottom in the picture after it was resized by these factors."""
+        left, right = (round(side * across) for side in (self.left, self.left + self.width))
+        top, bottom = (round(side * down) for side in (self.top, self.top + self.height))
         return left, top, right, bottom
 
 

@@ -32,18 +32,18 @@ def load_image(
     """
     opened = open_image(source) if isinstance(source, bytes) else source
     view = None if draw_view is None else draw_view(*opened.size)
-    width, height = opened.size if view is None else (view.width, view.height)
+    full_size = opened.size
+    width, height = full_size if view is None else (view.width, view.height)
     short = min(width, height)
     if isinstance(source, bytes) and opened.format == "JPEG" and short >= LARGE * image_size:
-        full_width, shrink_to = opened.width, LARGE * image_size / short * min(opened.size)
-        image, resize = decode(opened, shrink_to), resize_quickly
-        shrunk = image.width / full_width
+        image, resize = decode(opened, LARGE * image_size / short * min(full_size)), resize_quickly
     else:
-        image, resize, shrunk = decode(opened), resize_exactly, 1.0
+        image, resize = decode(opened), resize_exactly
     if view is None:
         pixels = resize(image, int(image_size * width / short), int(image_size * height / short))
     else:
-        pixels = resize(image.crop(view.box(shrunk)), image_size, image_size)
+        box = view.box(image.width / full_size[0], image.height / full_size[1])  # each side was rounded for itself
+        pixels = resize(image.crop(box), image_size, image_size)
         pixels = pixels[:, ::-1] if view.is_flipped else pixels
     return normalize(crop_centre(pixels, image_size))
 

@@ -84,6 +84,15 @@ def test_a_view_is_what_it_says(file_format: str, side: int) -> None:
     torch.testing.assert_close(pixels[:, :, [0, 7]], expected, rtol=0, atol=0.4)  # JPEG smears the colours
 
 
+@pytest.mark.parametrize("width, height", [(129, 3000), (3000, 129), (257, 1030)])
+def test_a_view_at_the_edge_of_a_shrunk_picture_shows_nothing_beyond(width: int, height: int) -> None:
+    """A JPEG in an eighth of its size is rounded up, a narrow side by more of itself than a long one."""
+    white = encoded(Image.new("RGB", (width, height), (255, 255, 255)), "JPEG")
+    side = min(width, height)
+    view = View(width - side, height - side, side, side)
+    assert torch.equal(load_image(white, 8, lambda *size: view), load_image(white, 8))
+
+
 def test_the_whole_square_is_what_comes_without(picture: Callable[..., bytes]) -> None:
     data = picture(width=31, height=31)
     assert torch.equal(load_image(data, 8, lambda width, height: View(0, 0, 31, 31)), load_image(data, 8))
