@@ -17,7 +17,7 @@ MAX_ASPECT = 100
 """Longer strips are refused: resizing the short side to S would make the long one enormous."""
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 """Decoders that may run: well-tested ones. Pillow has many more, some of which start other programs."""
-EXTENSIONS = {"JPEG": "jpg", "TIFF": "tif"}
+EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "TIFF": "tif"}
 SIXTEEN_BITS = ("I;16", "I;16L", "I;16B", "I;16N")
 """Pillow's modes of grey in 16 bits; PGM files of 16 bits come as "I"."""
 

@@ -13,6 +13,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from megatron_kosmos.data.decoding import decode, extension, open_image
 from megatron_kosmos.data.images import load_image
 from megatron_kosmos.prompt import IMAGE_MEAN, IMAGE_STD
+from tests.unit.data.odd_pictures import encoded
 
 
 def encode(image: Image.Image, file_format: str = "PNG") -> bytes:
@@ -78,3 +79,5 @@ def test_jpegs_are_decoded_small_but_not_too_small(short: int, expected: int) ->
 def test_the_extension_is_that_of_the_content(picture: Callable[..., bytes]) -> None:
     formats = {"PNG": "png", "JPEG": "jpg", "WEBP": "webp"}
     assert [extension(open_image(picture(file_format=name))) for name in formats] == list(formats.values())
+    several = encoded(Image.new("RGB", (9, 9)), "MPO", save_all=True, append_images=[Image.new("RGB", (9, 9))])
+    assert extension(open_image(several)) == "jpg"  # a JPEG with more behind it, as some phones write
