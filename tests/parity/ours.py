@@ -70,7 +70,7 @@ def compute_all(cases: Mapping[str, Case]) -> dict[str, Result]:
 def compute(case: Case, topology: Topology) -> Result:
     """Load this rank's parts of the weights and compute logits, loss and the gradients of the parameters named."""
     chunk = load(case.run, case.weights, case.precision, topology)
-    batch = as_precise(case.batch, case.precision)
+    batch = as_precise(case.batch.for_tensor_rank(topology.tp_rank, topology.tp_size), case.precision)
     if case.precision == LIFTED:
         logits = chunk.logits(batch)
         loss = F.cross_entropy(logits[batch.loss_mask], batch.labels[batch.loss_mask])
