@@ -9,15 +9,14 @@ from array import array
 from bisect import bisect_left, insort
 
 import numpy as np
-from numpy.typing import NDArray
+
+from megatron_kosmos.data.arrays import Int64Array
 
 OPEN_ROWS = 256
 """Rows that best fit keeps open; for another, the fullest is closed. They are found by bisection: more cost little."""
 CHUNK = 1 << 18
 """Items that are Python integers at a time, so that memory stays bounded."""
 ROW_BITS = 40
-
-Int64Array = NDArray[np.int64]
 
 
 def best_fit(lengths: Int64Array, capacity: int, max_open: int = OPEN_ROWS) -> Int64Array:

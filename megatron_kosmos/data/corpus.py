@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_kosmos.config.data import CorpusConfig, DataConfig
+from megatron_kosmos.data.arrays import Int32Array, Int64Array
 from megatron_kosmos.data.errors import DataError
 from megatron_kosmos.data.image_store import INDEX_SUFFIX, ImageStore
 from megatron_kosmos.data.indexed import IndexedReader
@@ -40,7 +41,7 @@ class Corpus:
                 f"prepare it again or set data.tokenizer to the tokenizer that it was prepared with"
             )
         self._documents = IndexedReader(config.prefix)
-        self.lengths: NDArray[np.int32] = self._documents.lengths
+        self.lengths: Int32Array = self._documents.lengths
         """Tokens of each document on disk: [D]."""
         self.images = self._open_images()
         self._compare_with_manifest()
@@ -90,7 +91,7 @@ class Corpus:
         return max(int(np.diff(first[start : start + CHUNK + 1]).max()) for start in range(0, len(self), CHUNK))
 
     @property
-    def num_images(self) -> NDArray[np.int64]:
+    def num_images(self) -> Int64Array:
         """Pictures of each document: [D]."""
         if self.images is None:
             return np.zeros(len(self), dtype=np.int64)
@@ -121,7 +122,7 @@ class Corpus:
         first = self.images.first_images
         return range(int(first[document]), int(first[document + 1]))
 
-    def image_positions(self, document: int) -> NDArray[np.int64]:
+    def image_positions(self, document: int) -> Int64Array:
         """Return where the image index says that the `<image>` tokens of a document are; reads no token.
 
         Raises DataError for places where no pair of `<image>` and `</image>` can be.

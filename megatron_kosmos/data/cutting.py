@@ -7,9 +7,8 @@ from array import array
 from bisect import bisect_left
 
 import numpy as np
-from numpy.typing import NDArray
 
-Int64Array = NDArray[np.int64]
+from megatron_kosmos.data.arrays import Int64Array
 
 
 def cut_rows(

@@ -7,12 +7,11 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 
+from megatron_kosmos.data.arrays import BoolArray, Uint64Array
 from megatron_kosmos.data.filters import Filters
-from megatron_kosmos.data.hashing import Uint64Array
 from megatron_kosmos.data.part import Part
-from megatron_kosmos.data.tables import BoolArray, Table
+from megatron_kosmos.data.tables import Table
 
 BUCKETS = 64
 """Hashes are sorted in so many groups, one after the other: sorting all at once takes more memory than they do."""
@@ -75,7 +74,7 @@ def first_occurrences(hashes: Uint64Array, among: BoolArray) -> BoolArray:
     return first
 
 
-def _hashes(parts: Sequence[Part], num_rows: int, table: Callable[[Part], Table]) -> NDArray[np.uint64]:
+def _hashes(parts: Sequence[Part], num_rows: int, table: Callable[[Part], Table]) -> Uint64Array:
     hashes = np.empty((num_rows, 2), dtype=np.uint64)
     at = 0
     for part in parts:

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from megatron_kosmos.data.arrays import Int32Array, Int64Array, Uint64Array
 from megatron_kosmos.data.decoding import decode, extension, open_image
 from megatron_kosmos.data.documents import ImageReference, parse_record, parse_text
 from megatron_kosmos.data.errors import BadDocument, LeftOut, UnusableImage
@@ -61,11 +62,11 @@ class EncodedChunk:
 
     tokens: NDArray[Any]
     """[T], one document after the other, of the type that `indexed.token_dtype` gives the vocabulary."""
-    lengths: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
+    lengths: Int64Array = field(default_factory=lambda: np.zeros(0, np.int64))
     """[N], tokens of each document."""
     images: list[list[EncodedImage]] = field(default_factory=list)
     """Pictures of each document; of text documents, no list at all."""
-    hashes: NDArray[np.uint64] = field(default_factory=lambda: np.zeros((0, 2), np.uint64))
+    hashes: Uint64Array = field(default_factory=lambda: np.zeros((0, 2), np.uint64))
     """[N, 2], of tokens and pictures of each document, for finding duplicates; zeros where they are not looked for."""
     bad: list[BadDocument] = field(default_factory=list)
     """Documents that cannot be used, in order."""
@@ -160,8 +161,8 @@ class Encoder:
         return parts
 
     def _with_images(
-        self, chosen: Sequence[Sequence[str | _CheckedImage]], ids: NDArray[np.int32], lengths: NDArray[np.int64]
-    ) -> tuple[NDArray[np.int32], NDArray[np.int64], list[list[EncodedImage]]]:
+        self, chosen: Sequence[Sequence[str | _CheckedImage]], ids: Int32Array, lengths: Int64Array
+    ) -> tuple[Int32Array, Int64Array, list[list[EncodedImage]]]:
         """Return ids and lengths of documents, given those of their texts, and where their pictures are in them."""
         texts = iter(np.split(ids, np.cumsum(lengths)))  # the last, which is empty, is never taken
         pair = np.array([self.tokenizer.image_id, self.tokenizer.end_of_image_id], np.int32)
@@ -177,7 +178,7 @@ class Encoder:
             images_of.append(images)
         return np.concatenate(pieces), np.array(lengths_of_documents, np.int64), images_of
 
-    def _enclosed(self, ids: NDArray[np.int32], lengths: NDArray[np.int64]) -> NDArray[Any]:
+    def _enclosed(self, ids: Int32Array, lengths: Int64Array) -> NDArray[Any]:
         """Return documents of so many `ids` in `<s> … </s>`."""
         ends = np.cumsum(lengths + 2)
         is_inside = np.ones(len(ids) + 2 * len(lengths), np.bool_)

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from itertools import chain
 
 import numpy as np
-from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
+from megatron_kosmos.data.arrays import Int32Array, Int64Array
 from megatron_kosmos.data.errors import DataError
 
 
@@ -21,7 +21,7 @@ class FastBackend:
         """Take the bytes of a tokenizer.json. Raises DataError when the library does not read it."""
         self._tokenizer = load_fast(model, origin)
 
-    def encode(self, texts: Sequence[str]) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+    def encode(self, texts: Sequence[str]) -> tuple[Int32Array, Int64Array]:
         """Return the ids of all `texts`, one after the other, and how many of them each text has.
 
         Raises UnicodeEncodeError for a text with lone surrogates.

@@ -4,13 +4,11 @@ from collections.abc import Iterator
 from itertools import count
 
 import numpy as np
-from numpy.typing import NDArray
 
-from megatron_kosmos.data.cutting import Int64Array
+from megatron_kosmos.data.arrays import Int64Array, Uint64Array
 
 MASK = (1 << 64) - 1
 STEP = 0x9E3779B97F4A7C15
-Uint64Array = NDArray[np.uint64]
 
 
 def mix(x: int) -> int:

@@ -12,10 +12,10 @@ from typing import Literal
 import numpy as np
 
 from megatron_kosmos.config.data import CorpusConfig, DataConfig
+from megatron_kosmos.data.arrays import Int64Array, Uint64Array
 from megatron_kosmos.data.corpus import Corpus
-from megatron_kosmos.data.cutting import Int64Array
 from megatron_kosmos.data.errors import DataError
-from megatron_kosmos.data.hashing import Uint64Array, mix_all
+from megatron_kosmos.data.hashing import mix_all
 from megatron_kosmos.data.indexed import IndexedReader
 from megatron_kosmos.data.manifest import Manifest, read_manifest
 from megatron_kosmos.data.shared_files import locked, read_arrays, write_arrays

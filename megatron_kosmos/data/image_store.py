@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from megatron_kosmos.data.arrays import Int32Array, Int64Array
 from megatron_kosmos.data.encoding import EncodedImage
 from megatron_kosmos.data.errors import DataError
 from megatron_kosmos.data.hashed_file import HashedFile
@@ -105,10 +105,10 @@ class ImageStore:
         self.first_images = np.frombuffer(buffer, "<i8", num_documents + 1, at)
         """First picture of each document, and one number more: [D + 1]."""
         at += self.first_images.nbytes
-        self._offsets: NDArray[np.int64] = np.frombuffer(buffer, "<i8", num_images, at)
+        self._offsets: Int64Array = np.frombuffer(buffer, "<i8", num_images, at)
         at += self._offsets.nbytes
         self._sizes, self._shards, positions = np.frombuffer(buffer, "<i4", 3 * num_images, at).reshape(3, num_images)
-        self.positions: NDArray[np.int32] = positions
+        self.positions: Int32Array = positions
         """Index of each picture's `<image>` among the tokens of its document: [N]."""
         self._prefix = prefix
         self._files: dict[int, mmap.mmap] = {}
@@ -149,7 +149,7 @@ class ImageStore:
         except OSError as error:
             raise DataError(f"{self.shard_path(shard)} cannot be read: {error.strerror}; {path} names it") from error
 
-    def check_positions(self, lengths: NDArray[np.int32]) -> None:
+    def check_positions(self, lengths: Int32Array) -> None:
         """Raise DataError unless every picture's two markers lie within its document of so many tokens: [D]."""
         for start in range(0, len(lengths), CHUNK):
             first = self.first_images[start : start + CHUNK + 1]

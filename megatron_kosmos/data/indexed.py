@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_kosmos.data.arrays import Int32Array
 from megatron_kosmos.data.errors import DataError
 from megatron_kosmos.data.hashed_file import HashedFile
 from megatron_kosmos.data.manifest import check_size, path_with
@@ -61,7 +62,7 @@ class IndexedReader:
         self.dtype, num_documents = _read_header(idx_path)
         check_size(idx_path, HEADER.size + 12 * num_documents + 8 * (num_documents + 1))
         buffer = np.memmap(idx_path, mode="r")
-        self.lengths: NDArray[np.int32] = np.frombuffer(buffer, "<i4", num_documents, HEADER.size)
+        self.lengths: Int32Array = np.frombuffer(buffer, "<i4", num_documents, HEADER.size)
         """Tokens of each document."""
         self._offsets = np.frombuffer(buffer, "<i8", num_documents, HEADER.size + 4 * num_documents)
         documents = np.frombuffer(buffer, "<i8", num_documents + 1, HEADER.size + 12 * num_documents)
@@ -105,7 +106,7 @@ class IndexedReader:
         return self._tokens[np.minimum(starts + np.arange(length), len(self._tokens) - 1)]
 
 
-def _index_arrays(lengths: NDArray[np.int32], itemsize: int) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
+def _index_arrays(lengths: Int32Array, itemsize: int) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
     """Return lengths, byte offsets and document boundaries as the index holds them."""
     offsets = np.zeros(len(lengths), dtype="<i8")
     np.cumsum(lengths[:-1], out=offsets[1:])

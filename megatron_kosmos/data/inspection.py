@@ -9,10 +9,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from PIL import Image
 
 from megatron_kosmos.config.data import DataConfig, data_step
+from megatron_kosmos.data.arrays import BoolArray, Int64Array
 from megatron_kosmos.data.collate import ImageFormat
 from megatron_kosmos.data.corpus import Corpus
 from megatron_kosmos.data.errors import DataError
@@ -92,7 +92,7 @@ class CorpusView:
     """Documents that are packed, without those that are held out or have too many pictures."""
     num_images: int
     """Pictures in them."""
-    lengths: NDArray[np.int64]
+    lengths: Int64Array
     """Tokens of each of them, slots included: [D]."""
     weight_share: float
     """Share of the rows that the configuration asks for."""
@@ -184,7 +184,7 @@ class Inspection:
             next_token=label,
         )
 
-    def _tokens(self, row: PackedRow, columns: list[int], is_target: NDArray[np.bool_]) -> Iterator[Token]:
+    def _tokens(self, row: PackedRow, columns: list[int], is_target: BoolArray) -> Iterator[Token]:
         num_latents = self.images.num_latents
         image_at = dict(zip(row.image_columns, row.images, strict=True))
         slots = {column + slot for column in image_at for slot in range(1, num_latents)}

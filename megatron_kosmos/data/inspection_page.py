@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 from lxml import html
 from lxml.builder import E
-from numpy.typing import NDArray
 from PIL import Image
 
+from megatron_kosmos.data.arrays import Int64Array
 from megatron_kosmos.data.inspection import CorpusView, Inspection, PictureView, RowView, Token
 
 STYLE = """
@@ -134,7 +134,7 @@ def _histogram(view: CorpusView) -> Any:
     return E.div(E.p(clean(f"{view.corpus.prefix}: median {int(np.median(view.lengths)):,}")), drawing)
 
 
-def count_by_doubling(lengths: NDArray[np.int64]) -> tuple[NDArray[np.int64], int]:
+def count_by_doubling(lengths: Int64Array) -> tuple[Int64Array, int]:
     """Return how many of `lengths` [D] are in 2^k … 2^(k + 1) - 1 for each k from the returned first one on."""
     powers = np.frexp(lengths.astype(np.float64))[1] - 1
     first = int(powers.min())

@@ -8,11 +8,10 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
-from numpy.typing import NDArray
 
 from megatron_kosmos.config.data import Packing
+from megatron_kosmos.data.arrays import BoolArray, Int32Array, Int64Array
 from megatron_kosmos.data.corpus import Corpus
-from megatron_kosmos.data.cutting import Int64Array
 from megatron_kosmos.data.errors import DataError
 from megatron_kosmos.data.planning import EpochPlan, ImagePlaces, Planner, Shuffle
 from megatron_kosmos.data.row_format import RowFormat
@@ -27,9 +26,9 @@ class PackedRow:
     """[T]. Slots and padding hold the padding id. [0] from a packer that reads no tokens."""
     labels: Int64Array
     """[T]. The token that follows. [0] as above."""
-    loss_mask: NDArray[np.bool_]
+    loss_mask: BoolArray
     """[T]. True where the label is text or `</s>`: not `<s>`, `<image>`, a slot, `</image>` or padding."""
-    document_ids: NDArray[np.int32]
+    document_ids: Int32Array
     """[T]. Number of the document in the row, padding -1."""
     images: tuple[int, ...]
     """Numbers of the pictures in the corpus."""
@@ -133,7 +132,7 @@ class Packer:
             place, number_in_row = place + 1, number_in_row + 1
         return PackedRow(ids[:-1], ids[1:], is_target[1:], document_ids[:-1], tuple(images), tuple(columns))
 
-    def _layout(self, document: int, low: int, high: int) -> tuple[NDArray[np.bool_], list[tuple[int, int]]]:
+    def _layout(self, document: int, low: int, high: int) -> tuple[BoolArray, list[tuple[int, int]]]:
         """Return which of a document's tokens `low` … `high` - 1, slots included, are text, and its pictures there.
 
         Each picture comes as its number and the place of its first slot in the document. Reads no token.

@@ -8,25 +8,23 @@ taken for absent: data never depend on them.
 
 import hashlib
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 from pydantic import NonNegativeInt, PositiveInt, ValidationError
 
 from megatron_kosmos.config.base import StrictModel
-from megatron_kosmos.data.cutting import Int64Array
+from megatron_kosmos.data.arrays import Int64Array
 from megatron_kosmos.data.planning import EpochPlan
-from megatron_kosmos.data.shared_files import locked, write_whole
+from megatron_kosmos.data.shared_files import locked, read_arrays, write_arrays, write_whole
 
 logger = logging.getLogger(__name__)
 
 FORMAT = 2
 """To be raised with any change of the files or of what is planned: plans of another format are not looked at."""
 KEPT_EPOCHS = 2
-DIGEST_INTS = hashlib.sha256().digest_size // 8
 
 
 class PlanSummary(StrictModel):
@@ -89,7 +87,7 @@ class PlanStore:
             summary = _StoredSummary.seal(self._summaries[key, epoch]).model_dump_json().encode()
             try:
                 write_whole(path.with_suffix(".json"), lambda file: file.write(summary))
-                write_whole(path, lambda file: _write_plan(file, plan))
+                write_arrays(path, _arrays(plan))
             except OSError as error:
                 logger.warning("every process plans epoch %d for itself: %s cannot be written: %s", epoch, path, error)
                 return plan
@@ -112,28 +110,16 @@ class PlanStore:
         return plan
 
 
-def _write_plan(file: BinaryIO, plan: EpochPlan) -> None:
-    digest = hashlib.sha256()
-    for array in _arrays(plan):
-        digest.update(array.data)
-        file.write(array.data)
-    file.write(digest.digest())
-
-
-def _arrays(plan: EpochPlan) -> Iterator[Int64Array]:
-    yield np.array([len(plan.documents), plan.num_rows, plan.offsets is not None], dtype=np.int64)
-    arrays = [plan.documents, plan.piece_starts, plan.row_starts, plan.row_stops]
-    yield from map(np.ascontiguousarray, arrays if plan.offsets is None else [*arrays, plan.offsets])
+def _arrays(plan: EpochPlan) -> list[Int64Array]:
+    head = np.array([len(plan.documents), plan.num_rows, plan.offsets is not None], dtype=np.int64)
+    arrays = [head, plan.documents, plan.piece_starts, plan.row_starts, plan.row_stops]
+    return arrays if plan.offsets is None else [*arrays, plan.offsets]
 
 
 def _read(path: Path) -> EpochPlan | None:
     """Return the plan in a file, through mmap; None where there is no whole one."""
-    try:
-        content = np.memmap(path, dtype=np.int64, mode="r").view(np.ndarray)
-    except (OSError, ValueError):  # absent, empty, or of no whole number of integers
-        return None
-    content, checksum = content[:-DIGEST_INTS], content[-DIGEST_INTS:]
-    if hashlib.sha256(content.data).digest() != checksum.tobytes():
+    content = read_arrays(path)
+    if content is None:
         return None
     num_pieces, num_rows, has_offsets = content[:3].tolist()
     sizes = [num_pieces, num_pieces + 1, num_rows, num_rows, num_pieces * has_offsets]

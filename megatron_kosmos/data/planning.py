@@ -18,8 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_kosmos.config.data import Packing
+from megatron_kosmos.data.arrays import Int64Array
 from megatron_kosmos.data.bins import best_fit, best_fit_decreasing
-from megatron_kosmos.data.cutting import Int64Array, cut_documents, cut_rows
+from megatron_kosmos.data.cutting import cut_documents, cut_rows
 from megatron_kosmos.data.row_format import RowFormat
 from megatron_kosmos.prompt import SourceKind
 

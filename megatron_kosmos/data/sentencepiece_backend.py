@@ -5,8 +5,8 @@ from itertools import chain
 
 import numpy as np
 import sentencepiece
-from numpy.typing import NDArray
 
+from megatron_kosmos.data.arrays import Int32Array, Int64Array
 from megatron_kosmos.data.errors import DataError
 from megatron_kosmos.data.tokenizer_settings import TokenizerSettings
 from megatron_kosmos.prompt import LINE, UNK
@@ -30,7 +30,7 @@ class SentencePieceBackend:
         # Of two names of an id the first counts.
         self._names = {number: name for name, number in reversed(settings.special_tokens.items())}
 
-    def encode(self, texts: Sequence[str]) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+    def encode(self, texts: Sequence[str]) -> tuple[Int32Array, Int64Array]:
         """Return the ids of all `texts`, one after the other, and how many of them each text has.
 
         Raises UnicodeEncodeError for a text with lone surrogates.

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from numpy.typing import NDArray
 
-Int64Array = NDArray[np.int64]
+from megatron_kosmos.data.arrays import Int64Array
+
 DIGEST_INTS = hashlib.sha256().digest_size // 8
 
 
@@ -47,8 +47,9 @@ def write_arrays(path: Path, arrays: Sequence[Int64Array]) -> None:
     def write(file: BinaryIO) -> None:
         digest = hashlib.sha256()
         for array in arrays:
-            digest.update(array.data)
-            file.write(array.data)
+            content = np.ascontiguousarray(array).data
+            digest.update(content)
+            file.write(content)
         file.write(digest.digest())
 
     write_whole(path, write)

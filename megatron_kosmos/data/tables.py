@@ -11,13 +11,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_kosmos.data.arrays import BoolArray, Int64Array, Uint64Array
+
 HASH_BYTES = 16
 DOCUMENT = np.dtype([("tokens", "<i4"), ("images", "<i4"), ("hash", "<u8", 2)])
 """Tokens and pictures of a document, and `EncodedChunk.hashes`: 24 bytes."""
 IMAGE = np.dtype([("offset", "<i8"), ("size", "<i4"), ("tar", "<i4"), ("position", "<i4"), ("hash", "<u8", 2)])
 """Where a picture's bytes lie in which tar, the index of its `<image>` in its document, and their hash: 36 bytes."""
 
-BoolArray = NDArray[np.bool_]
 Table = NDArray[Any]
 """Rows of DOCUMENT or IMAGE."""
 
@@ -30,7 +31,7 @@ def content_digest(*pieces: bytes) -> bytes:
     return digest.digest()
 
 
-def hash_column(digests: Iterable[bytes]) -> NDArray[np.uint64]:
+def hash_column(digests: Iterable[bytes]) -> Uint64Array:
     """Return hashes as the tables have them: [N, 2]."""
     return np.frombuffer(b"".join(digests), "<u8").reshape(-1, 2)
 
@@ -42,7 +43,7 @@ class Tables:
     documents: Table
     images: Table
 
-    def document_of_images(self) -> NDArray[np.int64]:
+    def document_of_images(self) -> Int64Array:
         """Return the number of each picture's document: [I]."""
         return np.repeat(np.arange(len(self.documents)), self.documents["images"])
 

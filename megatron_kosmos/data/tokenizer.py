@@ -9,10 +9,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Self
 
-import numpy as np
-from numpy.typing import NDArray
 from pydantic import ValidationError
 
+from megatron_kosmos.data.arrays import Int32Array, Int64Array
 from megatron_kosmos.data.errors import DataError
 from megatron_kosmos.data.fast_backend import FastBackend
 from megatron_kosmos.data.sentencepiece_backend import SentencePieceBackend
@@ -83,7 +82,7 @@ class KosmosTokenizer:
         ids: list[int] = self.encode_all([text])[0].tolist()
         return ids
 
-    def encode_all(self, texts: Sequence[str]) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+    def encode_all(self, texts: Sequence[str]) -> tuple[Int32Array, Int64Array]:
         """Return the ids of all `texts`, one after the other, and how many of them each text has.
 
         They are those that `encode` gives, in half the time. Raises UnicodeEncodeError for a text with lone surrogates.
