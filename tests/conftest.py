@@ -14,11 +14,16 @@ from collections.abc import Generator  # noqa: E402
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from hypothesis import HealthCheck, settings  # noqa: E402
 
 HAS_CUDA = torch.cuda.is_available()
 if not HAS_CUDA:
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 torch.set_num_threads(1)
+
+# How long a machine takes that others use too says nothing.
+settings.register_profile("without a clock", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("without a clock")
 
 IS_CI = os.environ.get("CI", "").lower() in {"1", "true"}
 

@@ -2,7 +2,7 @@
 
 import io
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -17,6 +17,7 @@ from megatron_kosmos.data.row_format import RowFormat
 from megatron_kosmos.data.tokenizer import KosmosTokenizer
 from megatron_kosmos.data.tokenizer_making import TrainingSettings, train_tokenizer
 from megatron_kosmos.prompt import SourceKind
+from tests.unit.data.made_corpora import folder_in_memory
 
 
 @pytest.fixture(scope="session")
@@ -45,15 +46,22 @@ def picture() -> Callable[..., bytes]:
     return make
 
 
+@pytest.fixture
+def memory_path() -> Iterator[Path]:
+    """A `tmp_path` in memory, for small corpora: preparing one is mostly waiting until the disk has it."""
+    with folder_in_memory() as folder:
+        yield Path(folder)
+
+
 PrepareCorpus = Callable[[SourceKind, Path], CorpusConfig]
 
 
 @pytest.fixture
-def prepare_corpus(tmp_path: Path, tokenizer_folder: Path) -> PrepareCorpus:
+def prepare_corpus(memory_path: Path, tokenizer_folder: Path) -> PrepareCorpus:
     """Prepares an input file for rows of 64 tokens and 4 latents and returns the corpus."""
 
     def make(kind: SourceKind, source: Path) -> CorpusConfig:
-        prefix = tmp_path / "prepared" / source.stem
+        prefix = memory_path / source.stem
         row_format = RowFormat(sequence_length=64, num_latents=4)
         prepare(Preparation(kind, (source,), prefix, tokenizer_folder, row_format=row_format))
         return CorpusConfig(kind=kind, prefix=prefix)

@@ -1,6 +1,7 @@
 """Corpora of a few made-up ids in the real file formats, and what their documents are as streams of tokens."""
 
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 
@@ -19,6 +20,11 @@ PAD, BOS, EOS, IMAGE, END = 0, 1, 2, 4, 5
 PICTURE = "picture"
 Parts = list[int | str]
 """A document: ids of text, and pictures."""
+
+
+def folder_in_memory() -> TemporaryDirectory[str]:
+    """Return a folder that is on disk at once, and goes at the end of its block."""
+    return TemporaryDirectory(dir="/dev/shm")
 
 
 def make_corpus(folder: Path, kind: SourceKind, documents: list[Parts], tokenizer: KosmosTokenizer) -> Corpus:

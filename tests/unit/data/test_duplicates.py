@@ -89,13 +89,13 @@ CASES = [
 
 @pytest.mark.parametrize("kind, filters", CASES)
 def test_duplicates_go_wherever_they_are(
-    tmp_path: Path, tokenizer_folder: Path, picture: Callable[..., bytes], kind: SourceKind, filters: Filters
+    memory_path: Path, tokenizer_folder: Path, picture: Callable[..., bytes], kind: SourceKind, filters: Filters
 ) -> None:
-    inputs = make_inputs(tmp_path / "in", kind, picture)
+    inputs = make_inputs(memory_path / "in", kind, picture)
 
     def preparation(name: str, **settings: Any) -> Preparation:
         chosen = {"part_bytes": PART_BYTES[kind], "max_shard_bytes": 10_000, **settings}
-        return Preparation(kind, inputs, tmp_path / name / "corpus", tokenizer_folder, **chosen)
+        return Preparation(kind, inputs, memory_path / name / "corpus", tokenizer_folder, **chosen)
 
     everything = preparation("everything")
     before = prepare(everything)
@@ -123,7 +123,7 @@ def test_duplicates_go_wherever_they_are(
 
 
 @given(st.lists(st.tuples(st.tuples(st.integers(0, 200), st.integers(0, 2)), st.booleans()), max_size=300))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_first_occurrences(rows: list[tuple[tuple[int, int], bool]]) -> None:
     hashes = np.array([hash_words for hash_words, _ in rows], dtype=np.uint64).reshape(-1, 2)
     among = np.array([admitted for _, admitted in rows], dtype=np.bool_)
@@ -155,7 +155,7 @@ def cut_documents(draw: st.DrawFn) -> list[tuple[bool, list[bool | None]]]:
 
 
 @given(cut_documents())
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_tables_after_a_cut(documents: list[tuple[bool, list[bool | None]]]) -> None:
     """Rows and tokens are those of the documents written without what goes."""
 

@@ -1,6 +1,5 @@
 """Rows cut no picture, hold every token of the epoch once, and count in the loss what is text."""
 
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,18 @@ from megatron_kosmos.data.errors import DataError
 from megatron_kosmos.data.packing import PackedRow, Packer
 from megatron_kosmos.data.row_format import RowFormat
 from megatron_kosmos.data.tokenizer import KosmosTokenizer
-from tests.unit.data.made_corpora import BOS, END, EOS, IMAGE, PAD, PICTURE, Parts, make_corpus, stream_of
+from tests.unit.data.made_corpora import (
+    BOS,
+    END,
+    EOS,
+    IMAGE,
+    PAD,
+    PICTURE,
+    Parts,
+    folder_in_memory,
+    make_corpus,
+    stream_of,
+)
 
 parts = st.lists(st.one_of(st.integers(7, 399), st.just(PICTURE)), max_size=20)
 
@@ -27,7 +37,7 @@ def content(row: PackedRow) -> NDArray[np.bool_]:
     return is_content
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     documents=st.lists(parts, min_size=1, max_size=12),
     num_latents=st.integers(1, 5),
@@ -49,7 +59,7 @@ def test_rows_are_the_stream_with_no_picture_cut(
     length = max(2 + most * (num_latents + 2), 3) + extra_length
     order = data.draw(st.permutations(range(len(documents))))
     ordered = [documents[number] for number in order]
-    with tempfile.TemporaryDirectory() as folder:
+    with folder_in_memory() as folder:
         corpus = make_corpus(Path(folder), kind, documents, tokenizer)
         row_format = RowFormat(sequence_length=length, num_latents=num_latents)
         packer = Packer(corpus, row_format, tokenizer, skip_misfits=False)

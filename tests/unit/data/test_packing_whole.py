@@ -1,6 +1,5 @@
 """Best-fit rows hold whole documents; one longer than a row is cut between pictures, and no target is lost."""
 
-import tempfile
 from collections import defaultdict
 from pathlib import Path
 from typing import get_args
@@ -15,13 +14,13 @@ from megatron_kosmos.data.packing import Packer
 from megatron_kosmos.data.row_format import RowFormat
 from megatron_kosmos.data.tokenizer import KosmosTokenizer
 from megatron_kosmos.prompt import SourceKind
-from tests.unit.data.made_corpora import PAD, PICTURE, Parts, make_corpus, stream_of
+from tests.unit.data.made_corpora import PAD, PICTURE, Parts, folder_in_memory, make_corpus, stream_of
 
 MODES: tuple[Packing, ...] = ("best_fit", "best_fit_decreasing")
 parts = st.lists(st.one_of(st.integers(7, 399), st.just(PICTURE)), max_size=30)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     documents=st.lists(parts, min_size=1, max_size=12),
     num_latents=st.integers(1, 5),
@@ -43,7 +42,7 @@ def test_rows_hold_whole_documents(
     most = max(document.count(PICTURE) for document in documents)
     length = max(2 + most * (num_latents + 2), 3) + extra_length
     order = shuffled(len(documents), seed)
-    with tempfile.TemporaryDirectory() as folder:
+    with folder_in_memory() as folder:
         corpus = make_corpus(Path(folder), kind, documents, tokenizer)
         packer = Packer(corpus, RowFormat(sequence_length=length, num_latents=num_latents), tokenizer, False)
         plan = packer.plan(order, packing, lambda rows: shuffled(rows, 1))

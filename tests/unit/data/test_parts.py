@@ -24,13 +24,13 @@ Make = Callable[..., Preparation]
 
 
 @pytest.fixture
-def make(tmp_path: Path, tokenizer_folder: Path, picture: Callable[..., bytes]) -> Make:
+def make(memory_path: Path, tokenizer_folder: Path, picture: Callable[..., bytes]) -> Make:
     """Returns a preparation in small parts, to a folder that is named."""
 
     def preparation(kind: SourceKind, name: str, **settings: Any) -> Preparation:
-        inputs = make_inputs(tmp_path / "in", kind, picture)
+        inputs = make_inputs(memory_path / "in", kind, picture)
         chosen = {"max_shard_bytes": 10_000, "part_bytes": PART_BYTES[kind], **settings}
-        return Preparation(kind, inputs, tmp_path / name / "corpus", tokenizer_folder, **chosen)
+        return Preparation(kind, inputs, memory_path / name / "corpus", tokenizer_folder, **chosen)
 
     return preparation
 
@@ -59,7 +59,7 @@ def test_workers_shards_and_their_order_do_not_matter(make: Make, kind: SourceKi
         assert files_in(sharded.output.parent) == expected
 
 
-def test_parts_hold_the_documents_in_order(make: Make, tmp_path: Path) -> None:
+def test_parts_hold_the_documents_in_order(make: Make) -> None:
     """Against the corpus that is made of one part, as one process without parts would write it."""
     for kind in KINDS:
         parts, single = make(kind, f"{kind}-parts"), make(kind, f"{kind}-single", part_bytes=1 << 30)
