@@ -19,7 +19,8 @@ from megatron_kosmos.config.data import Packing
 from megatron_kosmos.data.duplicates import Unique
 from megatron_kosmos.data.errors import DataError
 from megatron_kosmos.data.hashed_file import HashedFile, fsync_folder, told_when_full
-from megatron_kosmos.data.image_store import INDEX_SUFFIX, shard_suffix, write_image_index
+from megatron_kosmos.data.image_store import INDEX_SUFFIX, shard_suffix
+from megatron_kosmos.data.image_writing import write_image_index
 from megatron_kosmos.data.indexed import token_dtype, write_index
 from megatron_kosmos.data.manifest import (
     QUARANTINE_SUFFIX,

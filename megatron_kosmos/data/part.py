@@ -18,7 +18,7 @@ from megatron_kosmos.config.base import StrictModel
 from megatron_kosmos.data.encoding import EncodedChunk
 from megatron_kosmos.data.errors import BadDocument, DataError
 from megatron_kosmos.data.hashed_file import HashedFile, fsync_folder, told_when_full
-from megatron_kosmos.data.image_store import ImageTarWriter
+from megatron_kosmos.data.image_writing import ImageTarWriter
 from megatron_kosmos.data.manifest import FileRecord, as_file, check_size
 from megatron_kosmos.data.tables import DOCUMENT, IMAGE, Tables, hash_column
 

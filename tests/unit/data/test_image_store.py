@@ -12,7 +12,8 @@ import webdataset
 from megatron_kosmos.data.encoding import EncodedImage
 from megatron_kosmos.data.errors import DataError
 from megatron_kosmos.data.hashed_file import HashedFile
-from megatron_kosmos.data.image_store import HEADER, ImageStore, ImageTarWriter, write_image_index
+from megatron_kosmos.data.image_store import HEADER, ImageStore
+from megatron_kosmos.data.image_writing import ImageTarWriter, write_image_index
 from megatron_kosmos.data.tables import DOCUMENT, IMAGE, Tables
 
 DOCUMENTS = [[b"first" * 300, b"second"], [], [b"third" * 5000], [b"fourth", b"fifth", b"sixth"]]
