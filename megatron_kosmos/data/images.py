@@ -27,7 +27,7 @@ def load_image(
 
     Equal to transformers' CLIPImageProcessorPil, but for encoded JPEGs of 2 S and more, most of whose time is resizing:
     within a level or two of 255 (72 dB) below 4 S, and above that, where they are decoded at a half or less, within
-    what photographs have in their finest detail (50 dB; docs/data.md has the measurements).
+    what photographs have in their finest detail (50 dB; docs/pictures.md has the measurements).
     `draw_view` gives for width and height the part of the picture to take instead, which is stretched to S x S.
     """
     opened = open_image(source) if isinstance(source, bytes) else source

@@ -1,4 +1,4 @@
-"""The commands of docs/data.md are legal ones, and its way from OBELICS with addresses to a corpus works."""
+"""The commands of the pages on data are legal ones, and the way from OBELICS with addresses to a corpus works."""
 
 import re
 import shlex
@@ -21,7 +21,7 @@ from megatron_kosmos.data.preprocess import Preparation, prepare
 from tools import fetch_debian_corpora, obelics_images
 
 ROOT = Path(__file__).parents[3]
-PAGE = (ROOT / "docs" / "data.md").read_text()
+PAGE = "".join((ROOT / "docs" / name).read_text() for name in ("data.md", "debian_corpora.md"))
 COMMANDS = [
     line
     for block in re.findall(r"^```\w*\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
