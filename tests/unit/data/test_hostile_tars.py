@@ -152,8 +152,8 @@ def test_long_names_and_holes_are_read(tmp_path: Path) -> None:
     data = random.Random(0).randbytes(200_000)  # more between two holes than a header may have
     info, _ = member("1.png")
     info.size, info.pax_headers = len(data), {"GNU.sparse.size": "300000", "GNU.sparse.map": "50000,200000"}
-    before, hole, after = read_tar(write_tar(tmp_path / "large.tar", [*pair("0"), (info, data), *pair("2")]))
-    assert hole.content == Sample("1", {"png": bytes(50_000) + data + bytes(50_000)})
+    before, large, after = read_tar(write_tar(tmp_path / "large.tar", [*pair("0"), (info, data), *pair("2")]))
+    assert large.content == Sample("1", {"png": bytes(50_000) + data + bytes(50_000)})
     assert [record.place for record in (before, after)] == ["0", "2"]
 
 
