@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help install quickstart test test-nightly fidelity check clean
+.PHONY: help install quickstart test test-nightly fidelity bench-data check clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):.*## */  make \1\t/' | expand -t 22
@@ -29,6 +29,9 @@ test-nightly: $(VENV)/.installed-for-tests ## the tests that are too long for ev
 
 fidelity: $(VENV)/.installed-for-tests ## compare with the oracles and write the figures into docs/fidelity.md
 	$(BIN)/python -m pytest tests/parity --fidelity docs/fidelity.md
+
+bench-data: $(VENV)/.installed-for-tests ## measure preprocessing, pictures, packing and loading on Debian's corpora (an hour)
+	@bash benchmarks/data.sh
 
 check: ## what `make test` runs, without the installation
 	$(BIN)/ruff check .

@@ -66,13 +66,14 @@ EXACT = 99.0
 
 
 def main(
-    photos: Annotated[list[Path], typer.Argument(help="Photographs, at least as large as the largest size.")],
+    photos: Annotated[list[Path], typer.Argument(help="Photographs; those below the largest size are left out.")],
     image_size: Annotated[int, typer.Option(help="S, the model's side.")] = 224,
     rounds: Annotated[int, typer.Option(help="Times that each way reads all pictures.")] = 5,
 ) -> None:
     """Measure each format and size one after the other, print a table and write it."""
     torch.set_num_threads(1)
-    originals = [Image.open(path).convert("RGB") for path in photos]
+    largest = max(short for _, short in CASES)
+    originals = [image.convert("RGB") for path in photos if min((image := Image.open(path)).size) >= largest]
     rows = []
     for file_format, short in CASES:
         with tempfile.TemporaryDirectory() as folder:
