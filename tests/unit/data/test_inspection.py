@@ -134,8 +134,8 @@ def test_the_page_has_the_pictures_and_escapes_captions(data: DataConfig) -> Non
     assert all(source.startswith("data:") for source in page.xpath("//@src"))
 
 
-def test_a_picture_that_does_not_decode_is_told(data: DataConfig, tmp_path: Path) -> None:
-    (shard,) = tmp_path.rglob("caption-images-*.tar")
+def test_a_picture_that_does_not_decode_is_told(data: DataConfig) -> None:
+    (shard,) = data.train[1].prefix.parent.glob("caption-images-*.tar")
     content = shard.read_bytes()
     shard.write_bytes(content.replace(b"\x89PNG", b"\x00PNG"))
     captions = data.model_copy(update={"train": data.train[1:2]})
