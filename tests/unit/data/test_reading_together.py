@@ -1,6 +1,8 @@
 """Training on prepared corpora is the same under every layout, and all ranks end where one cannot read."""
 
 import json
+import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -135,6 +137,38 @@ def test_a_bad_picture_on_one_rank_ends_all_with_its_message(make_run: MakeRun, 
     assert "images-00000.tar at byte" in messages[0]
     assert "picture 0 of document 7" in messages[0]
     assert messages[0].startswith(("rank 0: ", "rank 1: "))  # the ranks that hold the vision tower
+
+
+def train_with_a_bad_disk(run: RunConfig, spoilt: Path) -> str | None:
+    """Train; rank 1 has the files in `spoilt` in place of the others, as where they are on a disk of each machine."""
+    if torch.distributed.get_rank() == 1:
+        train_on, heldout = (
+            tuple(each.model_copy(update={"prefix": spoilt / each.prefix.name}) for each in corpora)
+            for corpora in (run.data.train, run.data.heldout)
+        )
+        run = run.model_copy(update={"data": run.data.model_copy(update={"train": train_on, "heldout": heldout})})
+    return train_rank(run)
+
+
+@pytest.mark.parametrize("place", ["manifest", "index", "held-out picture"])
+def test_what_one_rank_cannot_open_ends_all(make_run: MakeRun, tmp_path: Path, place: str) -> None:
+    one = make_run("one", {})
+    captions = one.data.train[1]
+    changes = {"data": one.data.model_dump() | {"heldout": [captions.model_dump()]}, "evaluation__captions": 9}
+    spoilt = Path(shutil.copytree(captions.prefix.parent, tmp_path / "spoilt"))
+    offset = int(ImageStore(captions.prefix)._offsets[7])
+    ending, position, message = {
+        "manifest": (".manifest.json", 0, r"rank 1: .*spoilt.*\.manifest\.json is damaged"),
+        "index": (".idx", 0, r"rank 1: .*spoilt.*\.idx is no indexed dataset"),
+        "held-out picture": ("-images-00000.tar", offset, r"rank 1: .*document 7"),
+    }[place]
+    file = spoilt / f"{captions.prefix.name}{ending}"
+    content = bytearray(file.read_bytes())
+    content[position : position + 8] = bytes(8)
+    file.write_bytes(content)
+    first, second = run_ranks(train_with_a_bad_disk, 2, make_run("bad", {}, **changes), spoilt, timeout_seconds=60)
+    assert first == second
+    assert re.match(message, str(first))
 
 
 def fail_on(ranks: tuple[int, ...], rank_messages: tuple[str, ...]) -> str | None:
