@@ -123,3 +123,12 @@ def test_an_index_that_points_outside(tmp_path: Path, field: int, value: int) ->
     path.write_bytes(data)
     with pytest.raises(DataError, match=r"a\.images\.idx contradicts itself|a-images-00001\.tar cannot be read"):
         ImageStore(tmp_path / "a")
+
+
+def test_pairs_end_before_their_document(tmp_path: Path) -> None:
+    write(tmp_path / "a")
+    store, shortest = ImageStore(tmp_path / "a"), np.array([7, 2, 4, 10], np.int32)  # a pair, then `</s>`
+    store.check_positions(shortest)
+    for document in (0, 2, 3):
+        with pytest.raises(DataError, match=r"a\.images\.idx contradicts itself: pictures lie outside"):
+            store.check_positions(shortest - (np.arange(4) == document).astype(np.int32))
