@@ -64,7 +64,8 @@ def _train(run: RunConfig, rank: int, world_size: int) -> None:
     try:
         check_before_start(run, world_size)
     except DataError as error:
-        sys.exit(f"kosmos train: {error}" if rank == 0 else 1)
+        # Files may be missing on one machine only: one process of each says it.
+        sys.exit(f"kosmos train: {error}" if os.environ["LOCAL_RANK"] == "0" else 1)
     quiet_libraries()
     from rich.console import Console
 
