@@ -14,7 +14,7 @@ def shared_failure(message: str | None, device: torch.device) -> str | None:
     dist.all_reduce(speaker, op=dist.ReduceOp.MIN)
     if int(speaker) == num_ranks:
         return None
-    text = f"rank {rank}: {message}".encode() if int(speaker) == rank else b""
+    text = f"rank {rank}: {message}".encode(errors="backslashreplace") if int(speaker) == rank else b""
     length = torch.tensor(len(text), device=device)
     dist.all_reduce(length)
     content = torch.zeros(int(length), dtype=torch.uint8, device=device)

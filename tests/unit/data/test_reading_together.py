@@ -176,6 +176,6 @@ def fail_on(ranks: tuple[int, ...], rank_messages: tuple[str, ...]) -> str | Non
     return shared_failure(rank_messages[rank] if rank in ranks else None, CPU)
 
 
-@pytest.mark.parametrize("ranks, expected", [((), None), ((2,), "rank 2: défaut"), ((1, 2), "rank 1: b")])
+@pytest.mark.parametrize("ranks, expected", [((), None), ((2,), r"rank 2: défaut \udcff.jsonl"), ((1, 2), "rank 1: b")])
 def test_the_first_rank_that_fails_is_heard(ranks: tuple[int, ...], expected: str | None) -> None:
-    assert run_ranks(fail_on, 3, ranks, ("a", "b", "défaut")) == [expected] * 3
+    assert run_ranks(fail_on, 3, ranks, ("a", "b", "défaut \udcff.jsonl")) == [expected] * 3  # a name that is no UTF-8
