@@ -25,9 +25,9 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_kosmos.config.data import CorpusConfig, DataConfig, Packing
-from megatron_kosmos.data.loader import BatchGeometry, ImageFormat, StepLoader
-from megatron_kosmos.data.tokenizer import KosmosTokenizer
-from megatron_kosmos.data.tokenizer_making import TrainingSettings, train_tokenizer
+from megatron_kosmos.data.loading.loader import BatchGeometry, ImageFormat, StepLoader
+from megatron_kosmos.data.tokenization.making import TrainingSettings, train_tokenizer
+from megatron_kosmos.data.tokenization.tokenizer import KosmosTokenizer
 
 RESULTS = Path(__file__).parent / "results" / "first_batch.json"
 NUM_STEPS = 50

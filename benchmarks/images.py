@@ -32,9 +32,9 @@ from rich.table import Table
 from torch import Tensor
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from megatron_kosmos.data.encoding import EncodedImage
-from megatron_kosmos.data.image_store import ImageShardWriter, ImageStore
-from megatron_kosmos.data.images import load_image
+from megatron_kosmos.data.corpora.image_store import ImageShardWriter, ImageStore
+from megatron_kosmos.data.images.transform import load_image
+from megatron_kosmos.data.preparation.encoding import EncodedImage
 from megatron_kosmos.prompt import IMAGE_MEAN, IMAGE_STD
 
 RESULTS = Path(__file__).parent / "results" / "images.json"

@@ -4,11 +4,11 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron_kosmos.data.corpora.indexed import HEADER, MAGIC, VERSION
+from megatron_kosmos.data.corpora.manifest import FileRecord, Manifest, PreparationSettings, as_file, path_with
 from megatron_kosmos.data.filters import Filters
-from megatron_kosmos.data.indexed import HEADER, MAGIC, VERSION
-from megatron_kosmos.data.manifest import FileRecord, Manifest, PreparationSettings, as_file, path_with
-from megatron_kosmos.data.row_format import RowFormat
-from megatron_kosmos.data.tokenizer import KosmosTokenizer
+from megatron_kosmos.data.packing.row_format import RowFormat
+from megatron_kosmos.data.tokenization.tokenizer import KosmosTokenizer
 
 
 def anonymous_kilobytes() -> int:

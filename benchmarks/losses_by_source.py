@@ -23,9 +23,9 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_kosmos.config import RunConfig, load_config
-from megatron_kosmos.data.corpus import Corpus
-from megatron_kosmos.data.heldout_split import documents_of
-from megatron_kosmos.data.tokenizer import KosmosTokenizer
+from megatron_kosmos.data.corpora.corpus import Corpus
+from megatron_kosmos.data.loading.heldout_split import documents_of
+from megatron_kosmos.data.tokenization.tokenizer import KosmosTokenizer
 from megatron_kosmos.prompt import SourceKind
 
 RESULTS = Path(__file__).parent / "results" / "losses_by_source.json"

@@ -25,14 +25,14 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_kosmos.config.data import CorpusConfig, Packing
-from megatron_kosmos.data.corpus import Corpus
-from megatron_kosmos.data.manifest import read_manifest
-from megatron_kosmos.data.mixture import Epochs
-from megatron_kosmos.data.packing import Packer
-from megatron_kosmos.data.plan_store import PlanStore
-from megatron_kosmos.data.row_format import RowFormat
-from megatron_kosmos.data.tokenizer import KosmosTokenizer
-from megatron_kosmos.data.tokenizer_making import TrainingSettings, train_tokenizer
+from megatron_kosmos.data.corpora.corpus import Corpus
+from megatron_kosmos.data.corpora.manifest import read_manifest
+from megatron_kosmos.data.loading.mixture import Epochs
+from megatron_kosmos.data.loading.packed_rows import Packer
+from megatron_kosmos.data.packing.plan_store import PlanStore
+from megatron_kosmos.data.packing.row_format import RowFormat
+from megatron_kosmos.data.tokenization.making import TrainingSettings, train_tokenizer
+from megatron_kosmos.data.tokenization.tokenizer import KosmosTokenizer
 
 RESULTS = Path(__file__).parent / "results" / "packing.json"
 TABLE_WIDTH = 180

@@ -24,8 +24,8 @@ from megatron_kosmos.data.staging import Staging
 from rich.console import Console
 from rich.table import Table
 
-from megatron_kosmos.data.encoding import EncodedImage
-from megatron_kosmos.data.image_store import ImageShardWriter, ImageStore
+from megatron_kosmos.data.corpora.image_store import ImageShardWriter, ImageStore
+from megatron_kosmos.data.preparation.encoding import EncodedImage
 
 RESULTS = Path(__file__).parent / "results" / "shard_reading.json"
 

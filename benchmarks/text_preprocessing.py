@@ -29,10 +29,10 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from megatron_kosmos.data.indexed import IndexedReader
-from megatron_kosmos.data.manifest import path_with
-from megatron_kosmos.data.tokenizer import KosmosTokenizer
-from megatron_kosmos.data.tokenizer_settings import MODEL_FILES
+from megatron_kosmos.data.corpora.indexed import IndexedReader
+from megatron_kosmos.data.corpora.manifest import path_with
+from megatron_kosmos.data.tokenization.settings import MODEL_FILES
+from megatron_kosmos.data.tokenization.tokenizer import KosmosTokenizer
 
 RESULTS = Path(__file__).parent / "results" / "text_preprocessing.json"
 Way = Literal["kosmos", "megatron"]
@@ -75,7 +75,7 @@ def main(  # noqa: PLR0913, PLR0917 - a command's parameters are its options
 def take_turn(way: Way, arguments: tuple[tuple[Path, ...], Path, Path, int]) -> None:
     """Prepare the files; print the CPU-seconds before, of imports, and the seconds that it took."""
     if way == "kosmos":
-        from megatron_kosmos.data.preprocess import prepare  # noqa: F401 - not counted
+        from megatron_kosmos.data.preparation.preprocess import prepare  # noqa: F401 - not counted
     else:
         from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder  # noqa: F401 - not counted
     imports, started = time.process_time(), time.perf_counter()
@@ -119,7 +119,7 @@ def report(files: tuple[Path, ...], counts: tuple[int, int], seconds: dict[Way, 
 
 def prepare_with_kosmos(files: tuple[Path, ...], tokenizer: Path, output: Path, workers: int) -> None:
     """Prepare as `kosmos preprocess text` does."""
-    from megatron_kosmos.data.preprocess import Preparation, prepare
+    from megatron_kosmos.data.preparation.preprocess import Preparation, prepare
 
     prepare(Preparation("text", files, output, tokenizer, num_workers=workers, overwrite=True))
 

@@ -25,7 +25,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from webdataset.writer import TarWriter
 
-from megatron_kosmos.data.mixture import shuffled
+from megatron_kosmos.data.loading.mixture import shuffled
 
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 IMAGE_SIZE = 32

@@ -13,7 +13,7 @@ from PIL import Image
 
 from megatron_kosmos.cli.libraries import quiet_libraries
 from megatron_kosmos.config import load_config
-from megatron_kosmos.data.loader import heldout_captions
+from megatron_kosmos.data.loading.loader import heldout_captions
 from megatron_kosmos.engine.generate import Generator
 from megatron_kosmos.observability.captions import render_card
 

@@ -72,8 +72,8 @@ def data(  # noqa: PLR0913 - a command's parameters are its options
 
 
 def _open_run(config: list[Path], overrides: list[str]) -> "Inspection":
-    from megatron_kosmos.data.collate import ImageFormat
     from megatron_kosmos.data.inspection import Inspection
+    from megatron_kosmos.data.loading.collate import ImageFormat
 
     run = load_config(config, overrides)
     images = ImageFormat(run.model.resampler.num_latents, run.model.vision.image_size)
@@ -82,9 +82,9 @@ def _open_run(config: list[Path], overrides: list[str]) -> "Inspection":
 
 def _open_corpus(prefix: Path, tokenizer: Path) -> "Inspection":
     """Open one corpus in rows of the format that it was prepared for."""
-    from megatron_kosmos.data.collate import ImageFormat
+    from megatron_kosmos.data.corpora.manifest import read_manifest
     from megatron_kosmos.data.inspection import Inspection
-    from megatron_kosmos.data.manifest import read_manifest
+    from megatron_kosmos.data.loading.collate import ImageFormat
 
     manifest = read_manifest(prefix)
     row_format = manifest.settings.row_format

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from megatron_kosmos.data.manifest import Manifest
+    from megatron_kosmos.data.corpora.manifest import Manifest
 
 
 def print_report(output: Path, manifest: "Manifest") -> None:
@@ -13,7 +13,7 @@ def print_report(output: Path, manifest: "Manifest") -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from megatron_kosmos.data.manifest import QUARANTINE_SUFFIX, path_with
+    from megatron_kosmos.data.corpora.manifest import QUARANTINE_SUFFIX, path_with
 
     console = Console(stderr=True)
     table = Table(title=Text(str(output)), title_justify="left")

@@ -16,7 +16,7 @@ from megatron_kosmos.prompt import SourceKind
 
 if TYPE_CHECKING:
     from megatron_kosmos.data.filters import Filters
-    from megatron_kosmos.data.preprocess import Preparation
+    from megatron_kosmos.data.preparation.preprocess import Preparation
 
 KINDS: dict[str, SourceKind] = {"text": "text", "captions": "caption", "interleaved": "interleaved"}
 
@@ -146,9 +146,9 @@ def preprocess(  # noqa: PLR0913 - a command's parameters are its options
     ] = None,
     overwrite: Overwrite = False,
 ) -> None:
-    from megatron_kosmos.data.input_format import InputFormat
-    from megatron_kosmos.data.preprocess import Preparation
-    from megatron_kosmos.data.row_format import RowFormat
+    from megatron_kosmos.data.packing.row_format import RowFormat
+    from megatron_kosmos.data.preparation.preprocess import Preparation
+    from megatron_kosmos.data.sources.input_format import InputFormat
 
     with _told_in_short():
         filters = _filters(
@@ -196,7 +196,7 @@ def _filters(*, text_hook: str | None, **options: "int | float | bool | None") -
 
     from megatron_kosmos.data.errors import DataError
     from megatron_kosmos.data.filters import Filters
-    from megatron_kosmos.data.text_filters import describe_hook
+    from megatron_kosmos.data.preparation.text_filters import describe_hook
 
     try:
         if text_hook is not None:
@@ -208,7 +208,7 @@ def _filters(*, text_hook: str | None, **options: "int | float | bool | None") -
 
 def merge(output: Output, overwrite: Overwrite = False) -> None:
     """Make the corpus of the parts that all shards wrote."""
-    from megatron_kosmos.data.preprocess import merge
+    from megatron_kosmos.data.preparation.preprocess import merge
 
     with _told_in_short():
         print_report(output, merge(output, overwrite))
@@ -230,7 +230,7 @@ def _run(preparation: "Preparation", shard_index: int, num_shards: int | None) -
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from megatron_kosmos.data.preprocess import prepare, prepare_shard
+    from megatron_kosmos.data.preparation.preprocess import prepare, prepare_shard
 
     columns = (
         TextColumn("{task.description}", markup=False),

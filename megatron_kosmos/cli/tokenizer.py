@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 if TYPE_CHECKING:
-    from megatron_kosmos.data.tokenizer import KosmosTokenizer
+    from megatron_kosmos.data.tokenization.tokenizer import KosmosTokenizer
 
 Newlines = Annotated[
     Literal["auto", "line", "collapse", "keep"],
@@ -53,9 +53,9 @@ def train(  # noqa: PLR0913 - a command's parameters are its options
     threads: Annotated[int, typer.Option(min=1, help="Threads; another number may choose other pieces.")] = 16,
 ) -> None:
     """Train a tokenizer on text, with the special tokens at ids 0 to 6."""
-    from megatron_kosmos.data.documents import read_texts
-    from megatron_kosmos.data.input_format import InputFormat
-    from megatron_kosmos.data.tokenizer_making import TrainingSettings, train_tokenizer
+    from megatron_kosmos.data.sources.documents import read_texts
+    from megatron_kosmos.data.sources.input_format import InputFormat
+    from megatron_kosmos.data.tokenization.making import TrainingSettings, train_tokenizer
 
     policy = None if newlines == "auto" else newlines
     settings = TrainingSettings(vocab_size, model_type=model_type, newlines=policy, num_threads=threads)
@@ -82,7 +82,7 @@ def import_(
     ] = "auto",
 ) -> None:
     """Take over a T5, XLM-R, Falcon, GPT-2 or other model and add the special tokens that it lacks."""
-    from megatron_kosmos.data.tokenizer_making import import_tokenizer
+    from megatron_kosmos.data.tokenization.making import import_tokenizer
 
     with _told_plainly():
         policy = None if newlines == "auto" else newlines
@@ -96,7 +96,7 @@ def inspect(
     text: Annotated[str | None, typer.Option(help="Show how this text is encoded.")] = None,
 ) -> None:
     """Print what a tokenizer is."""
-    from megatron_kosmos.data.tokenizer import KosmosTokenizer
+    from megatron_kosmos.data.tokenization.tokenizer import KosmosTokenizer
 
     with _told_plainly():
         tokenizer = KosmosTokenizer.load(folder)

@@ -13,13 +13,13 @@ from PIL import Image
 
 from megatron_kosmos.config.data import DataConfig, data_step
 from megatron_kosmos.data.arrays import BoolArray, Int64Array
-from megatron_kosmos.data.collate import ImageFormat
-from megatron_kosmos.data.corpus import Corpus
+from megatron_kosmos.data.corpora.corpus import Corpus
 from megatron_kosmos.data.errors import DataError
-from megatron_kosmos.data.images import load_image
-from megatron_kosmos.data.loader import BatchGeometry, StepLoader
-from megatron_kosmos.data.packing import PackedRow
-from megatron_kosmos.data.tokenizer import KosmosTokenizer
+from megatron_kosmos.data.images.transform import load_image
+from megatron_kosmos.data.loading.collate import ImageFormat
+from megatron_kosmos.data.loading.loader import BatchGeometry, StepLoader
+from megatron_kosmos.data.loading.packed_rows import PackedRow
+from megatron_kosmos.data.tokenization.tokenizer import KosmosTokenizer
 from megatron_kosmos.prompt import IMAGE_MEAN, IMAGE_STD
 
 CONTEXT_TOKENS = 60

@@ -10,7 +10,7 @@ from torch.profiler import ProfilerActivity, profile, schedule, tensorboard_trac
 
 from megatron_kosmos.checkpoint.tensors import JSON
 from megatron_kosmos.config import RunConfig
-from megatron_kosmos.data.packing_report import PackingReport
+from megatron_kosmos.data.packing.report import PackingReport
 from megatron_kosmos.engine.checkpointing import CheckpointStore
 from megatron_kosmos.engine.costs import training_flops
 from megatron_kosmos.engine.train_step import StepRunner

@@ -14,7 +14,7 @@ from megatron_kosmos import __version__
 from megatron_kosmos.checkpoint.load import StoredTensors, find_latest, read_state
 from megatron_kosmos.checkpoint.manifest import MANIFEST_FILE, Manifest
 from megatron_kosmos.config import RunConfig, parse_config
-from megatron_kosmos.data.tokenizer import KosmosTokenizer
+from megatron_kosmos.data.tokenization.tokenizer import KosmosTokenizer
 from megatron_kosmos.engine.checkpointing import CHECKPOINTS, MODEL_PREFIX
 from megatron_kosmos.engine.conversion import (
     MAX_ABS_LOGIT_DIFF,

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from megatron_kosmos.batch import MultimodalBatch
 from megatron_kosmos.config import CorpusConfig, RunConfig
-from megatron_kosmos.data.corpus import Corpus
-from megatron_kosmos.data.loader import BatchGeometry, ImageFormat, heldout_batches, heldout_captions
-from megatron_kosmos.data.tokenizer import KosmosTokenizer
+from megatron_kosmos.data.corpora.corpus import Corpus
+from megatron_kosmos.data.loading.loader import BatchGeometry, ImageFormat, heldout_batches, heldout_captions
+from megatron_kosmos.data.tokenization.tokenizer import KosmosTokenizer
 from megatron_kosmos.engine.generate import Generator
 from megatron_kosmos.prompt import SourceKind
 

@@ -9,8 +9,8 @@ from typing import Any, Self
 import torch
 from PIL import Image
 
-from megatron_kosmos.data.decoding import decode_image
 from megatron_kosmos.data.errors import DataError
+from megatron_kosmos.data.images.decoding import decode_image
 from megatron_kosmos.hf import KosmosForConditionalGeneration, KosmosImageProcessor, KosmosProcessor
 from megatron_kosmos.hf.load_tokenizer import exported_tokenizer
 

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from megatron_kosmos.batch import MultimodalBatch
 from megatron_kosmos.config import RunConfig
-from megatron_kosmos.data.images import load_image
-from megatron_kosmos.data.loader import ImageFormat, heldout_batches, heldout_captions
-from megatron_kosmos.data.tokenizer import KosmosTokenizer
+from megatron_kosmos.data.images.transform import load_image
+from megatron_kosmos.data.loading.loader import ImageFormat, heldout_batches, heldout_captions
+from megatron_kosmos.data.tokenization.tokenizer import KosmosTokenizer
 from megatron_kosmos.engine.reading import PLANS, failing_together, geometry_of, read_together
 from megatron_kosmos.engine.train_step import StepRunner
 from megatron_kosmos.engine.trainer import StepReport

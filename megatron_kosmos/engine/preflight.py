@@ -1,9 +1,9 @@
 """What is checked of a run before anything is loaded or started: no torch, no process group, a second at most."""
 
 from megatron_kosmos.config import ConfigError, RunConfig
-from megatron_kosmos.data.corpus import data_fingerprint
-from megatron_kosmos.data.heldout_split import refuse_overlap
-from megatron_kosmos.data.tokenizer import KosmosTokenizer
+from megatron_kosmos.data.corpora.corpus import data_fingerprint
+from megatron_kosmos.data.loading.heldout_split import refuse_overlap
+from megatron_kosmos.data.tokenization.tokenizer import KosmosTokenizer
 from megatron_kosmos.optim.installed import check_installed
 
 

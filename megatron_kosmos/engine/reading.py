@@ -13,7 +13,7 @@ import torch.distributed as dist
 from megatron_kosmos.batch import MultimodalBatch
 from megatron_kosmos.config import RunConfig
 from megatron_kosmos.data.errors import DataError
-from megatron_kosmos.data.loader import BatchGeometry, RankPart
+from megatron_kosmos.data.loading.loader import BatchGeometry, RankPart
 from megatron_kosmos.parallel.agreement import shared_failure
 from megatron_kosmos.parallel.topology import Topology
 

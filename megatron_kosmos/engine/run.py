@@ -8,8 +8,8 @@ import torch.distributed as dist
 
 from megatron_kosmos.checkpoint.tensors import JSON
 from megatron_kosmos.config import RunConfig, save_config
-from megatron_kosmos.data.corpus import data_fingerprint
-from megatron_kosmos.data.loader import ImageFormat, StepLoader
+from megatron_kosmos.data.corpora.corpus import data_fingerprint
+from megatron_kosmos.data.loading.loader import ImageFormat, StepLoader
 from megatron_kosmos.engine.builder import build_stage
 from megatron_kosmos.engine.callbacks import Checkpointing, Metrics, PackingMetrics, Profiling
 from megatron_kosmos.engine.checkpointing import CHECKPOINTS, CheckpointStore

@@ -35,9 +35,10 @@ def test_importing_it_does_not_load_torch(module: str) -> None:
         ("model/wrong.py", "import megatron_kosmos.data"),
         ("parallel/wrong.py", "from megatron_kosmos import engine"),
         ("config/wrong.py", "import torch"),
+        ("data/loading/wrong.py", "import megatron_kosmos.data.preparation"),
         ("wrong.py", ""),
     ],
-    ids=["a sibling", "a layer above", "torch in config", "a module outside the layers"],
+    ids=["a sibling", "a layer above", "torch in config", "preparation in loading", "a module outside the layers"],
 )
 def test_import_linter_objects_to(tmp_path: Path, module: str, statement: str) -> None:
     """The contracts of pyproject.toml, run on a package with one offence in it."""
@@ -45,6 +46,9 @@ def test_import_linter_objects_to(tmp_path: Path, module: str, statement: str) -
         write(tmp_path / "megatron_kosmos" / name)
     for layer in ("cli", "engine", "model", "data", "optim", "checkpoint", "hf", "parallel", "observability", "config"):
         write(tmp_path / "megatron_kosmos" / layer / "__init__.py")
+    for path in (PACKAGE / "data").iterdir():
+        if path.suffix == ".py" or (path / "__init__.py").exists():
+            write(tmp_path / "megatron_kosmos" / "data" / path.name / ("" if path.suffix else "__init__.py"))
     (tmp_path / "pyproject.toml").write_text((ROOT / "pyproject.toml").read_text())
     lint = (
         sys.executable,

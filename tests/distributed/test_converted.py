@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from megatron_kosmos.config import RunConfig, save_config
-from megatron_kosmos.data.tokenizer_making import TrainingSettings, train_tokenizer
+from megatron_kosmos.data.tokenization.making import TrainingSettings, train_tokenizer
 from megatron_kosmos.engine.builder import build_stage
 from megatron_kosmos.engine.checkpointing import CheckpointStore
 from megatron_kosmos.engine.convert import ExportOptions, to_hf

@@ -19,9 +19,9 @@ import torch
 from megatron_kosmos.checkpoint.folders import complete_folder, finished_steps, leftovers
 from megatron_kosmos.checkpoint.load import find_latest, read_state, read_tensors
 from megatron_kosmos.cli.main import build_app
-from megatron_kosmos.data.preprocess import Preparation, prepare
-from megatron_kosmos.data.row_format import RowFormat
-from megatron_kosmos.data.tokenizer_making import TrainingSettings, train_tokenizer
+from megatron_kosmos.data.packing.row_format import RowFormat
+from megatron_kosmos.data.preparation.preprocess import Preparation, prepare
+from megatron_kosmos.data.tokenization.making import TrainingSettings, train_tokenizer
 from megatron_kosmos.engine import run as _imported_before_ranks_are_forked  # noqa: F401
 
 pytestmark = pytest.mark.distributed

@@ -12,13 +12,13 @@ import pytest
 import torch
 from PIL import Image
 
-from megatron_kosmos.data.images import load_image
-from megatron_kosmos.data.tokenizer import KosmosTokenizer
-from megatron_kosmos.data.tokenizer_making import TrainingSettings, import_tokenizer, train_tokenizer
+from megatron_kosmos.data.images.transform import load_image
+from megatron_kosmos.data.tokenization.making import TrainingSettings, import_tokenizer, train_tokenizer
+from megatron_kosmos.data.tokenization.tokenizer import KosmosTokenizer
 from megatron_kosmos.engine.convert import to_hf
 from megatron_kosmos.engine.generate import Generator
 from tests.distributed.presets import PRESETS, shrunk
-from tests.unit.data.foreign_tokenizers import falcon_like
+from tests.unit.data.tokenization.foreign_tokenizers import falcon_like
 from tests.unit.hf.checkpoints import STEP, trained_run
 
 pytestmark = pytest.mark.parity

@@ -24,8 +24,8 @@ from transformers import (
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from megatron_kosmos.config import load_config
-from megatron_kosmos.data.tokenizer import KosmosTokenizer
-from megatron_kosmos.data.tokenizer_making import TrainingSettings, import_tokenizer, train_tokenizer
+from megatron_kosmos.data.tokenization.making import TrainingSettings, import_tokenizer, train_tokenizer
+from megatron_kosmos.data.tokenization.tokenizer import KosmosTokenizer
 from megatron_kosmos.engine.convert import ExportOptions, to_hf
 from megatron_kosmos.engine.from_hf import ImportOptions, from_hf
 from megatron_kosmos.hf.kosmos2 import FormatError

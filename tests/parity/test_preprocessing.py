@@ -9,7 +9,7 @@ from PIL import Image
 from torch import Tensor
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from megatron_kosmos.data.images import load_image
+from megatron_kosmos.data.images.transform import load_image
 from megatron_kosmos.prompt import IMAGE_STD
 from tests.parity.fidelity import Record
 from tests.parity.ours import FP32

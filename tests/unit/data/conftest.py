@@ -12,12 +12,12 @@ import pytest
 from PIL import Image
 
 from megatron_kosmos.config import CorpusConfig
-from megatron_kosmos.data.preprocess import Preparation, prepare
-from megatron_kosmos.data.row_format import RowFormat
-from megatron_kosmos.data.tokenizer import KosmosTokenizer
-from megatron_kosmos.data.tokenizer_making import TrainingSettings, train_tokenizer
+from megatron_kosmos.data.packing.row_format import RowFormat
+from megatron_kosmos.data.preparation.preprocess import Preparation, prepare
+from megatron_kosmos.data.tokenization.making import TrainingSettings, train_tokenizer
+from megatron_kosmos.data.tokenization.tokenizer import KosmosTokenizer
 from megatron_kosmos.prompt import SourceKind
-from tests.unit.data.made_corpora import folder_in_memory
+from tests.unit.data.packing.made_corpora import folder_in_memory
 
 
 @pytest.fixture(scope="session")

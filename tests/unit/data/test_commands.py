@@ -15,8 +15,8 @@ from pyarrow import parquet
 from typer.testing import CliRunner
 
 from megatron_kosmos.cli import preprocess, tokenizer
-from megatron_kosmos.data.manifest import read_manifest
-from megatron_kosmos.data.tokenizer import KosmosTokenizer
+from megatron_kosmos.data.corpora.manifest import read_manifest
+from megatron_kosmos.data.tokenization.tokenizer import KosmosTokenizer
 
 ROOT = Path(__file__).parents[3]
 WriteLines = Callable[[str, Sequence[str]], Path]

@@ -16,8 +16,8 @@ from benchmarks import losses_by_source
 from megatron_kosmos.cli import inspect, preprocess, tokenizer, train
 from megatron_kosmos.config import CorpusConfig, load_config
 from megatron_kosmos.data.filters import Filters
-from megatron_kosmos.data.input_format import InputFormat
-from megatron_kosmos.data.preprocess import Preparation, prepare
+from megatron_kosmos.data.preparation.preprocess import Preparation, prepare
+from megatron_kosmos.data.sources.input_format import InputFormat
 from tools import fetch_debian_corpora, obelics_images
 
 ROOT = Path(__file__).parents[3]

@@ -15,7 +15,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from megatron_kosmos.data.filters import Filters
-from megatron_kosmos.data.preprocess import Preparation, prepare
+from megatron_kosmos.data.preparation.preprocess import Preparation, prepare
 from tools import fetch_debian_corpora as recipe
 
 DICTIONARY = [

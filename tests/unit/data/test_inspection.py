@@ -19,14 +19,14 @@ from typer.testing import CliRunner
 from megatron_kosmos.batch import MultimodalBatch
 from megatron_kosmos.cli import inspect
 from megatron_kosmos.config import CorpusConfig, DataConfig
-from megatron_kosmos.data.collate import ImageFormat
 from megatron_kosmos.data.errors import DataError
-from megatron_kosmos.data.images import load_image, normalize
+from megatron_kosmos.data.images.transform import load_image, normalize
 from megatron_kosmos.data.inspection import Inspection, RowView, as_seen
 from megatron_kosmos.data.inspection_page import Extent, clean, count_by_doubling, render_page
-from megatron_kosmos.data.loader import BatchGeometry, StepLoader
-from megatron_kosmos.data.tokenizer import KosmosTokenizer
-from megatron_kosmos.data.tokenizer_making import TrainingSettings, train_tokenizer
+from megatron_kosmos.data.loading.collate import ImageFormat
+from megatron_kosmos.data.loading.loader import BatchGeometry, StepLoader
+from megatron_kosmos.data.tokenization.making import TrainingSettings, train_tokenizer
+from megatron_kosmos.data.tokenization.tokenizer import KosmosTokenizer
 from megatron_kosmos.prompt import SOURCE_KINDS, SourceKind
 
 IMAGES = ImageFormat(num_latents=4, size=8)

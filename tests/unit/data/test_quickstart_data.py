@@ -10,8 +10,8 @@ import pytest
 import yaml
 
 from megatron_kosmos.cli.preprocess import KINDS
-from megatron_kosmos.data.decoding import decode_image
-from megatron_kosmos.data.documents import Document, ImageReference, parse_record, read_records
+from megatron_kosmos.data.images.decoding import decode_image
+from megatron_kosmos.data.sources.documents import Document, ImageReference, parse_record, read_records
 from tools.quickstart_data import NAMES, make
 
 

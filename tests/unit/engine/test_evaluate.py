@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from megatron_kosmos.data.tokenizer_making import TrainingSettings, train_tokenizer
+from megatron_kosmos.data.tokenization.making import TrainingSettings, train_tokenizer
 from megatron_kosmos.engine.convert import ExportOptions, to_hf
 from megatron_kosmos.engine.evaluate import Evaluator
 from megatron_kosmos.engine.generate import Generator

@@ -16,8 +16,8 @@ from typer.testing import CliRunner
 
 from megatron_kosmos.cli import convert as convert_command
 from megatron_kosmos.config import load_config, save_config
-from megatron_kosmos.data.tokenizer import KosmosTokenizer
-from megatron_kosmos.data.tokenizer_making import TrainingSettings, import_tokenizer, train_tokenizer
+from megatron_kosmos.data.tokenization.making import TrainingSettings, import_tokenizer, train_tokenizer
+from megatron_kosmos.data.tokenization.tokenizer import KosmosTokenizer
 from megatron_kosmos.engine import from_hf as from_hf_module
 from megatron_kosmos.engine.conversion import ConversionError
 from megatron_kosmos.engine.convert import ExportOptions, to_hf
@@ -26,7 +26,7 @@ from megatron_kosmos.hf.folder_weights import FolderError
 from megatron_kosmos.hf.name_map import NameMapError
 from tests.distributed.presets import shrunk
 from tests.distributed.tiny import tiny_run
-from tests.unit.data.foreign_tokenizers import falcon_like
+from tests.unit.data.tokenization.foreign_tokenizers import falcon_like
 from tests.unit.hf.checkpoints import trained_run
 
 TEXT = ["An image of a handwritten seven. Words and numbers, 0 1 2 3 4 5 6 7 8 9.\nAnother line."] * 5

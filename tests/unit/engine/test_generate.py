@@ -9,7 +9,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from megatron_kosmos.cli import generate as generate_command
-from megatron_kosmos.data.tokenizer_making import TrainingSettings, train_tokenizer
+from megatron_kosmos.data.tokenization.making import TrainingSettings, train_tokenizer
 from megatron_kosmos.engine.convert import ExportOptions, to_hf
 from megatron_kosmos.engine.generate import GenerationError, Generator, Sampling, read_picture
 from tests.unit.hf.checkpoints import trained_run

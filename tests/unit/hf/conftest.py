@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import sentencepiece
 
-from megatron_kosmos.data.tokenizer_making import TrainingSettings, import_tokenizer, train_tokenizer
-from tests.unit.data.foreign_tokenizers import falcon_like, gpt2_like
+from megatron_kosmos.data.tokenization.making import TrainingSettings, import_tokenizer, train_tokenizer
+from tests.unit.data.tokenization.foreign_tokenizers import falcon_like, gpt2_like
 
 TEXT = [
     "An image of a handwritten seven.\nIt has two strokes, <image> or </s> written as text.",

@@ -7,7 +7,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from megatron_kosmos.data.tokenizer import KosmosTokenizer
+from megatron_kosmos.data.tokenization.tokenizer import KosmosTokenizer
 from megatron_kosmos.hf.load_tokenizer import exported_tokenizer, training_tokenizer
 from megatron_kosmos.hf.tokenization_kosmos import KosmosHFTokenizer
 

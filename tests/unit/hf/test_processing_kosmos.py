@@ -7,8 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from megatron_kosmos.data.images import load_image
-from megatron_kosmos.data.tokenizer import KosmosTokenizer
+from megatron_kosmos.data.images.transform import load_image
+from megatron_kosmos.data.tokenization.tokenizer import KosmosTokenizer
 from megatron_kosmos.hf.load_tokenizer import exported_tokenizer, training_tokenizer
 from megatron_kosmos.hf.processing_kosmos import KosmosImageProcessor, KosmosProcessor
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from megatron_kosmos.data.tokenizer import KosmosTokenizer
+from megatron_kosmos.data.tokenization.tokenizer import KosmosTokenizer
 from megatron_kosmos.hf.tokenization_kosmos import KosmosHFTokenizer
 
 KINDS = ["trained", "t5", "xlm_roberta", "shadowed"]

@@ -1,0 +1,1 @@
+"""Pictures: decoded, resized, cropped and normalized for the vision tower."""

@@ -1,0 +1,1 @@
+"""Loading: rows in the order of training, collated to batches by worker processes."""

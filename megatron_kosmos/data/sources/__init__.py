@@ -1,0 +1,1 @@
+"""Source documents: what people download, read as texts and pictures in reading order."""
