@@ -14,7 +14,7 @@ from megatron_kosmos.parallel.cpu_backend import install_cpu_backend
 from megatron_kosmos.parallel.randomness import seed_microbatch
 from megatron_kosmos.parallel.topology import Topology, build_topology
 from tests.distributed.harness import run_ranks
-from tests.distributed.tiny import step_batches, tiny_run
+from tests.distributed.tiny import rank_batches, tiny_run
 
 T, B, H, K = 7, 2, 4, 6
 
@@ -72,7 +72,8 @@ def logits_with(run: RunConfig, weights: dict[str, Tensor]) -> Tensor:
     with torch.no_grad():
         for named in named_parameters(chunk):
             named.parameter.copy_(local_part(weights[named.name], named.shard_dim, chunk))
-    return chunk.eval().logits(step_batches(0, "m")[0]).detach()
+    (batch,) = rank_batches(0, "m", topology)
+    return chunk.eval().logits(batch).detach()
 
 
 @pytest.mark.distributed

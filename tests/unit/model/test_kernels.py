@@ -31,7 +31,7 @@ from megatron_kosmos.model.names import named_parameters
 from megatron_kosmos.parallel.randomness import seed_microbatch
 from megatron_kosmos.parallel.topology import build_topology
 from tests.distributed.harness import run_ranks
-from tests.distributed.tiny import LENGTH, MICRO, step_batches, tiny_run
+from tests.distributed.tiny import LENGTH, MICRO, rank_batches, tiny_run
 
 EVERYTHING = dict.fromkeys(LIBRARIES, Obstacle.NONE)
 NO_CUDA = dict.fromkeys(LIBRARIES, Obstacle.NO_CUDA)
@@ -243,7 +243,8 @@ def losses_and_gradients(
     initialize(chunk, run.training.seed)
     seed_microbatch(run.training.seed, 0, 0, 0, topology)
     starts = torch.tensor(segments, dtype=torch.int32) if segments else row_starts(MICRO, LENGTH)
-    losses = chunk(replace(step_batches(0, "m")[0], document_starts=starts))
+    (batch,) = rank_batches(0, "m", topology)
+    losses = chunk(replace(batch, document_starts=starts))
     losses.sum().backward()
     gradients = {one.name: one.parameter.grad for one in named_parameters(chunk) if one.parameter.grad is not None}
     return losses.detach(), gradients

@@ -16,7 +16,7 @@ from megatron_kosmos.model.initialization import initialize
 from megatron_kosmos.model.loss import mask_padded_vocabulary, token_losses
 from megatron_kosmos.parallel.topology import build_topology
 from tests.distributed.harness import run_ranks
-from tests.distributed.tiny import VOCAB, step_batches, tiny_run
+from tests.distributed.tiny import VOCAB, as_seen_by, step_batches, tiny_run
 
 B, T, PADDED = 2, 5, 32
 REAL_SIZES = (32, 31, 20, 16, 7, 1)
@@ -98,7 +98,7 @@ def model_losses(run: RunConfig) -> tuple[Tensor, Tensor]:
     topology = build_topology(run.parallel, torch.device("cpu"))
     (chunk,) = build_chunks(run, derive_transformer_config(run), topology)
     initialize(chunk, run.training.seed)
-    batch = odd_batch()
+    batch = as_seen_by(topology, odd_batch())
     return chunk(batch).detach(), chunk.logits(batch).detach()
 
 
