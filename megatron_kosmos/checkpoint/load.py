@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageReader
 
 from megatron_kosmos.checkpoint.errors import CheckpointError, DamagedCheckpointError
 from megatron_kosmos.checkpoint.folders import complete_folder, finished_steps, leftovers
-from megatron_kosmos.checkpoint.manifest import STATE_FILE, Manifest, TensorRecord, verify, verify_file
+from megatron_kosmos.checkpoint.manifest import STATE_FILE, Manifest, Show, TensorRecord, verify, verify_file
 from megatron_kosmos.checkpoint.mesh import CheckpointMesh
 from megatron_kosmos.checkpoint.tensors import JSON, SHARDING, LoadShards, TensorShard, by_name
 
@@ -93,26 +93,36 @@ def read_tensors(folder: Path, names: Collection[str] | None = None) -> Iterator
 class StoredTensors:
     """The whole tensors of a checkpoint, each read when it is asked for. One process, no group.
 
-    Every file's checksum is checked at the start. Raises DamagedCheckpointError.
+    Every file's checksum is checked at the start, or without `contents` its size only; `show` is told how far that is.
+    Raises DamagedCheckpointError.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self._records = verify(folder, ALONE).tensors
+    def __init__(self, folder: Path, *, contents: bool = True, show: Show | None = None) -> None:
+        self.folder = folder
+        self.manifest = verify(folder, ALONE, contents=contents, show=show)
         self._files: dict[str, list[tuple[Path, list[int]]]] = {}
         """The files that hold a part of a tensor, and where the part begins in the whole."""
         for path in sorted(folder.glob("*.safetensors")):
-            with safe_open(path, framework="pt") as file:
-                for name, place in json.loads(file.metadata()[SHARDING]).items():
-                    self._files.setdefault(name, []).append((path, place["saved_offsets"]))
+            try:
+                with safe_open(path, framework="pt") as file:
+                    for name, place in json.loads(file.metadata()[SHARDING]).items():
+                        self._files.setdefault(name, []).append((path, place["saved_offsets"]))
+            except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
+                raise DamagedCheckpointError(
+                    folder, [f"{path.name} has a header that says nothing: {error}"]
+                ) from error
+        lost = sorted(self.manifest.tensors.keys() - self._files.keys())
+        if lost:
+            raise DamagedCheckpointError(folder, [f"{name} is in no file" for name in lost])
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Each whole tensor's shape by its name."""
-        return {name: record.shape for name, record in self._records.items()}
+        return {name: record.shape for name, record in self.manifest.tensors.items()}
 
     def read(self, name: str) -> Tensor:
         """Return the tensor `name`, one of `shapes`, on the CPU. It may lie in the file: don't change it in place."""
-        record, parts = self._records[name], self._files[name]
+        record, parts = self.manifest.tensors[name], self._files[name]
         whole: Tensor | None = None
         for path, offsets in parts:
             # A file stays mapped, and what was read of it in memory, while it is open: so each time anew.

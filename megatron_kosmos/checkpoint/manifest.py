@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal, Self
 
@@ -14,6 +15,9 @@ from megatron_kosmos.config.base import StrictModel
 
 MANIFEST_FILE = "manifest.json"
 STATE_FILE = "state.json"
+
+Show = Callable[[int, int], None]
+"""Takes how many bytes are done, and of how many."""
 
 
 class FileRecord(StrictModel):
@@ -65,15 +69,16 @@ class Manifest(StrictModel):
             raise DamagedCheckpointError(folder, [f"{MANIFEST_FILE} cannot be trusted: {error}"]) from error
 
 
-def verify(folder: Path, mesh: CheckpointMesh) -> Manifest:
+def verify(folder: Path, mesh: CheckpointMesh, *, contents: bool = True, show: Show | None = None) -> Manifest:
     """Check every file's size and checksum and return the manifest (a collective: the ranks share the hashing).
 
+    Without `contents` only the sizes are checked, and the manifest's own checksum. `show` is told after each file.
     Raises DamagedCheckpointError, with the same text on every rank, if a file is missing, left over, or not as written.
     """
     manifest: Manifest | None = None
     try:
         manifest = Manifest.read(folder)
-        problems = _find_problems(folder, manifest, mesh)
+        problems = _find_problems(folder, manifest, mesh, contents, show)
     except DamagedCheckpointError as error:
         problems = error.problems
     found = sorted({problem for of_rank in mesh.gather(problems) for problem in of_rank})
@@ -89,16 +94,22 @@ def verify_file(folder: Path, manifest: Manifest, name: str) -> None:
         raise DamagedCheckpointError(folder, [problem])
 
 
-def _find_problems(folder: Path, manifest: Manifest, mesh: CheckpointMesh) -> list[str]:
+def _find_problems(
+    folder: Path, manifest: Manifest, mesh: CheckpointMesh, contents: bool, show: Show | None
+) -> list[str]:
     # torch's reader takes every safetensors file it finds, so one that does not belong is as bad as a missing one.
     present = {path.name for path in folder.glob("*.safetensors")}
     problems = [f"{name} does not belong to it" for name in present - manifest.files.keys()]
     largest_first = sorted(manifest.files, key=lambda name: (-manifest.files[name].num_bytes, name))
+    done, total = 0, sum(record.num_bytes for record in manifest.files.values())
     for position, name in enumerate(largest_first):
         is_mine = position % mesh.size == mesh.rank
-        problem = _file_problem(folder, name, manifest.files[name], check_content=is_mine)
+        problem = _file_problem(folder, name, manifest.files[name], check_content=contents and is_mine)
         if problem:
             problems.append(problem)
+        done += manifest.files[name].num_bytes
+        if show is not None:
+            show(done, total)
     return problems
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from megatron_kosmos.cli.inspect_checkpoint import checkpoint
 from megatron_kosmos.cli.libraries import quiet_libraries
 from megatron_kosmos.config import ConfigError, CorpusConfig, DataConfig, load_config
 
@@ -24,8 +25,9 @@ IMAGE_SIZE = 224
 
 def register(app: typer.Typer) -> None:
     """Add the group of commands."""
-    group = typer.Typer(no_args_is_help=True, help="Look at data as the model will see them.")
+    group = typer.Typer(no_args_is_help=True, help="Look at data as the model will see them, and into checkpoints.")
     group.command("data")(data)
+    group.command("checkpoint")(checkpoint)
     app.add_typer(group, name="inspect")
 
 

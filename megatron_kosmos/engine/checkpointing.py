@@ -37,7 +37,8 @@ CHECKPOINTS = "checkpoints"
 MODEL_PREFIX = "model/"
 """What weights are named under in a checkpoint, before their global names."""
 
-_OPTIMIZER_PREFIX = "optimizer/"
+OPTIMIZER_PREFIX = "optimizer/"
+"""What moments are named under, before the global names of their weights."""
 
 ParameterState = dict[str, Tensor]
 """Master and, where the parameter is trained, moments."""
@@ -183,9 +184,9 @@ def _empty_state(one: NamedParameter, keys: Iterable[str]) -> ParameterState:
 
 def _trained_names(folder: Path) -> frozenset[str]:
     """Return the parameters that have moments in a checkpoint."""
-    parts = (name.removeprefix(_OPTIMIZER_PREFIX).rpartition("/") for name in read_tensor_names(folder))
+    parts = (name.removeprefix(OPTIMIZER_PREFIX).rpartition("/") for name in read_tensor_names(folder))
     return frozenset(name for name, _, key in parts if key in MOMENTS)
 
 
 def _tensor_name(name: str, key: str) -> str:
-    return MODEL_PREFIX + name if key == MASTER else f"{_OPTIMIZER_PREFIX}{name}/{key}"
+    return MODEL_PREFIX + name if key == MASTER else f"{OPTIMIZER_PREFIX}{name}/{key}"

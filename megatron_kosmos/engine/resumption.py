@@ -9,7 +9,7 @@ at first, 1.6 times after some 15 steps, and like all others after some 200. New
 the saved master in the precision that the model computes in.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,8 @@ _COMPARED = ("model", "parallel", "kernels", "training", "optimizer")
 
 _OTHERWISE_TOLD = ("optimizer.groups",)
 
-_ABSENT = object()
+ABSENT = object()
+"""Stands for the value of a setting that is not there, where None may be a value."""
 
 _EFFECTS = {
     "training.precision": {
@@ -67,17 +68,17 @@ def check_resumption(folder: Path, state: Mapping[str, Any], run: RunConfig, dat
 
 def changed_settings(state: Mapping[str, Any], run: RunConfig) -> Iterator[str]:
     """Yield a line for each setting that a run changes as it goes on from a checkpoint, with what follows from it."""
-    saved, now = (_flat(config) for config in (state["config"], run.model_dump(mode="json")))
+    saved, now = (flat(config, _COMPARED) for config in (state["config"], run.model_dump(mode="json")))
     for field in now:
-        before = saved.get(field, _ABSENT)
-        if before is _ABSENT or before == now[field] or field in _OTHERWISE_TOLD:
+        before = saved.get(field, ABSENT)
+        if before is ABSENT or before == now[field] or field in _OTHERWISE_TOLD:
             continue
         effect = _EFFECTS.get(field, {}).get(now[field])
         yield f"{field} is {now[field]!r}, was {before!r} in the checkpoint" + (f": {effect}" if effect else "")
 
 
-def _flat(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings of the compared sections under dotted names."""
+def flat(config: Mapping[str, Any], sections: Iterable[str]) -> dict[str, Any]:
+    """Return the settings of some sections under dotted names."""
 
     def walk(prefix: str, value: Any) -> Iterator[tuple[str, Any]]:
         if isinstance(value, Mapping):
@@ -86,7 +87,7 @@ def _flat(config: Mapping[str, Any]) -> dict[str, Any]:
         else:
             yield prefix, value
 
-    return dict(item for section in _COMPARED for item in walk(section, config.get(section, {})))
+    return dict(item for section in sections for item in walk(section, config.get(section, {})))
 
 
 def _check_order(folder: Path, state: Mapping[str, Any], run: RunConfig) -> None:

@@ -39,8 +39,13 @@ class Weight:
     @property
     def part(self) -> Part:
         """What it belongs to. A tied copy counts as output."""
-        prefix = self.name.partition(".")[0]
-        return "output" if self.is_tied_copy else _PART_OF_PREFIX.get(prefix, prefix)  # type: ignore[arg-type]
+        return "output" if self.is_tied_copy else part_of(self.name)
+
+
+def part_of(name: str) -> Part:
+    """Return what the parameter of a global `name` belongs to."""
+    prefix = name.partition(".")[0]
+    return _PART_OF_PREFIX.get(prefix, prefix)  # type: ignore[arg-type]
 
 
 def weights_of(chunks: Iterable[KosmosModel]) -> list[Weight]:
