@@ -24,17 +24,16 @@ import PIL
 import torch
 import typer
 import webdataset
-from megatron_kosmos.data.staging import Staging
 from numpy.typing import NDArray
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
+from shards import write_shards
 from torch import Tensor
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from megatron_kosmos.data.corpora.image_store import ImageShardWriter, ImageStore
+from megatron_kosmos.data.corpora.image_store import ImageStore
 from megatron_kosmos.data.images.transform import load_image
-from megatron_kosmos.data.preparation.encoding import EncodedImage
 from megatron_kosmos.prompt import IMAGE_MEAN, IMAGE_STD
 
 RESULTS = Path(__file__).parent / "results" / "images.json"
@@ -106,16 +105,6 @@ def encoded(photo: Image.Image, file_format: str, short: int) -> bytes:
     buffer = io.BytesIO()
     smaller.save(buffer, file_format, **({} if file_format == "PNG" else {"quality": 95}))
     return buffer.getvalue()
-
-
-def write_shards(prefix: Path, pictures: list[bytes], suffix: str) -> None:
-    """Write the pictures as a corpus of captions has them."""
-    with Staging(prefix) as staging:
-        writer = ImageShardWriter(staging.open, 1 << 30)
-        for data in pictures:
-            writer.append([EncodedImage(data, suffix, 1)])
-        writer.finish()
-        staging.commit()
 
 
 def measure(prefix: Path, image_size: int, rounds: int) -> dict[str, float]:

@@ -20,12 +20,11 @@ from typing import Annotated
 import numpy as np
 import typer
 import webdataset
-from megatron_kosmos.data.staging import Staging
 from rich.console import Console
 from rich.table import Table
+from shards import write_shards
 
-from megatron_kosmos.data.corpora.image_store import ImageShardWriter, ImageStore
-from megatron_kosmos.data.preparation.encoding import EncodedImage
+from megatron_kosmos.data.corpora.image_store import ImageStore
 
 RESULTS = Path(__file__).parent / "results" / "shard_reading.json"
 
@@ -38,7 +37,8 @@ def main(
     """Measure, print a table and write it."""
     with tempfile.TemporaryDirectory() as folder:
         prefix = Path(folder) / "a"
-        write_shard(prefix, pictures, kilobytes << 10)
+        draw = np.random.default_rng(0)
+        write_shards(prefix, (draw.bytes(kilobytes << 10) for _ in range(pictures)), "jpg")
         order = np.random.default_rng(0).permutation(pictures).tolist()
         ways: dict[str, Callable[[], Iterator[bytes]]] = {
             "webdataset": lambda: by_webdataset(prefix),
@@ -66,17 +66,6 @@ def main(
         "per_cpu_second": speeds,
     }
     RESULTS.write_text(json.dumps(result, indent=2) + "\n")
-
-
-def write_shard(prefix: Path, pictures: int, size: int) -> None:
-    """Write a shard of made-up bytes."""
-    random = np.random.default_rng(0)
-    with Staging(prefix) as staging:
-        writer = ImageShardWriter(staging.open, 1 << 40)
-        for _ in range(pictures):
-            writer.append([EncodedImage(random.bytes(size), "jpg", 1)])
-        writer.finish()
-        staging.commit()
 
 
 def by_index(prefix: Path, numbers: range | list[int]) -> Iterator[bytes]:
