@@ -12,7 +12,7 @@ from megatron.core.transformer.dot_product_attention import DotProductAttention
 from torch import Tensor, nn
 
 from megatron_kosmos.model.documents import Segments, attend_within
-from megatron_kosmos.model.kernels import MagnetoConfig
+from megatron_kosmos.model.magneto_config import MagnetoConfig
 from megatron_kosmos.model.xpos import XPos
 
 

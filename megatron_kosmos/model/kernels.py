@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_kosmos.config import ConfigError, RunConfig
 
@@ -42,13 +41,6 @@ PLAIN = Kernels()
 """Torch's own everywhere: runs on any machine."""
 
 
-@dataclass
-class MagnetoConfig(TransformerConfig):
-    """megatron-core's configuration, and the kernels that the modules built from it use."""
-
-    kernels: Kernels = PLAIN
-
-
 class Obstacle(IntEnum):
     """Why a kernel's library can't be used on this rank, from none to the worst."""
 
@@ -62,7 +54,7 @@ class Obstacle(IntEnum):
 
 
 @dataclass(frozen=True)
-class _Library:
+class Library:
     """What a kernel needs to be imported, and how one gets it."""
 
     name: str
@@ -71,19 +63,19 @@ class _Library:
     least_compute_capability: int = 0
 
 
-_FLASH = _Library("flash-attn", ("flash_attn",), _GPU_EXTRA, least_compute_capability=8)
-_TE = _Library("TransformerEngine", ("transformer_engine.pytorch",), _GPU_EXTRA)
-_APEX_NORM = _Library("apex", ("apex.normalization.fused_layer_norm", "fused_layer_norm_cuda"), _APEX_COMMAND)
-_APEX_SOFTMAX = _Library(
+_FLASH = Library("flash-attn", ("flash_attn",), _GPU_EXTRA, least_compute_capability=8)
+_TE = Library("TransformerEngine", ("transformer_engine.pytorch",), _GPU_EXTRA)
+_APEX_NORM = Library("apex", ("apex.normalization.fused_layer_norm", "fused_layer_norm_cuda"), _APEX_COMMAND)
+_APEX_SOFTMAX = Library(
     "apex",
     ("apex", "scaled_upper_triang_masked_softmax_cuda", "scaled_masked_softmax_cuda"),
     _APEX_COMMAND,
 )
-_APEX_SUMS = _Library("apex", ("apex", "fused_weight_gradient_mlp_cuda"), _APEX_COMMAND)
+_APEX_SUMS = Library("apex", ("apex", "fused_weight_gradient_mlp_cuda"), _APEX_COMMAND)
 
 Choice = tuple[str, str]
 """A key of `kernels` and a value."""
-LIBRARIES: Mapping[Choice, _Library] = {
+LIBRARIES: Mapping[Choice, Library] = {
     ("attention", "flash"): _FLASH,
     ("layer_norm", "apex"): _APEX_NORM,
     ("layer_norm", "te"): _TE,
@@ -105,10 +97,15 @@ def choose_kernels(run: RunConfig, device: torch.device) -> Kernels:
 
     Raises ConfigError on every rank alike where one that is named can't be used. All-reduce over all ranks.
     """
-    obstacles = torch.tensor([_obstacle(library, device) for library in LIBRARIES.values()], device=device)
+    obstacles = torch.tensor(list(obstacles_on(device).values()), device=device)
     dist.all_reduce(obstacles, op=dist.ReduceOp.MAX)
     worst = [Obstacle(value) for value in obstacles.tolist()]
     return resolve(run, dict(zip(LIBRARIES, worst, strict=True)))
+
+
+def obstacles_on(device: torch.device) -> dict[Choice, Obstacle]:
+    """Try every library on this machine's `device`, in the order of `LIBRARIES`."""
+    return {choice: _obstacle(library, device) for choice, library in LIBRARIES.items()}
 
 
 def resolve(run: RunConfig, obstacles: Mapping[Choice, Obstacle]) -> Kernels:
@@ -117,8 +114,8 @@ def resolve(run: RunConfig, obstacles: Mapping[Choice, Obstacle]) -> Kernels:
     def choose(key: str, fits: Callable[[str], str | None]) -> str:
         asked: str = getattr(run.kernels, key)
         if asked == "auto":
-            return next(name for name in _FASTEST_FIRST[key] if not (fits(name) or _missing((key, name), obstacles)))
-        if reason := fits(asked) or _missing((key, asked), obstacles):
+            return next(name for name in _FASTEST_FIRST[key] if not (fits(name) or why_missing((key, name), obstacles)))
+        if reason := fits(asked) or why_missing((key, asked), obstacles):
             raise ConfigError(f"kernels.{key}={asked}: {reason}. kernels.{key}=auto takes the fastest that is there")
         return asked
 
@@ -164,7 +161,7 @@ def _needs_bf16(run: RunConfig) -> str | None:
     )
 
 
-def _missing(choice: Choice, obstacles: Mapping[Choice, Obstacle]) -> str | None:
+def why_missing(choice: Choice, obstacles: Mapping[Choice, Obstacle]) -> str | None:
     """Return why the choice's library can't be used and how to get it, None where it can or there is none."""
     obstacle = obstacles.get(choice, Obstacle.NONE)
     if obstacle == Obstacle.NONE:
@@ -182,7 +179,7 @@ def _missing(choice: Choice, obstacles: Mapping[Choice, Obstacle]) -> str | None
     }[obstacle]
 
 
-def _obstacle(library: _Library, device: torch.device) -> Obstacle:
+def _obstacle(library: Library, device: torch.device) -> Obstacle:
     """Try the library here. Imports it, since a package that is there may not load."""
     if device.type != "cuda":
         return Obstacle.NO_CUDA

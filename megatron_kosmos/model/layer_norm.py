@@ -4,7 +4,7 @@ import torch
 from megatron.core.fusions.fused_layer_norm import FusedLayerNorm
 from torch import nn
 
-from megatron_kosmos.model.kernels import MagnetoConfig
+from megatron_kosmos.model.magneto_config import MagnetoConfig
 
 
 class ResidualLayerNorm:

@@ -23,8 +23,9 @@ from torch import Tensor, nn
 
 from megatron_kosmos.config import DecoderConfig, ParallelConfig, TrainingConfig
 from megatron_kosmos.model.attention import CausalAttention
-from megatron_kosmos.model.kernels import Kernels, MagnetoConfig
+from megatron_kosmos.model.kernels import Kernels
 from megatron_kosmos.model.layer_norm import ResidualLayerNorm
+from megatron_kosmos.model.magneto_config import MagnetoConfig
 from megatron_kosmos.model.sub_layer_norm import SubLNRowParallelLinear
 from megatron_kosmos.model.xpos import XPos
 
