@@ -1,0 +1,238 @@
+"""What the facts of all nodes amount to: pure functions from facts to checks, each naming the nodes that stand out."""
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from rich.filesize import decimal
+
+from megatron_kosmos.engine.doctor.checks import Check, Status
+from megatron_kosmos.engine.doctor.facts import NodeFacts
+from megatron_kosmos.engine.doctor.meeting import ClockOffset
+
+_GB = 10**9
+_LEAST_DISK, _LITTLE_DISK = _GB, 20 * _GB
+_LITTLE_MEMORY = _GB
+"""Of the host, for each process: what its libraries take."""
+_LITTLE_SHARED_MEMORY = _GB
+_CLOCK_WARN, _CLOCK_BAD = 1.0, 30.0
+_ACTIVATIONS = 0.8
+"""Part of a GPU's memory above which the known rest leaves little for activations."""
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What the run of --config takes, in bytes."""
+
+    disk: int
+    gpu: int
+    """On the fullest rank, without activations."""
+    host: int
+    """For each process, beside what its libraries take."""
+
+
+def judge_versions(nodes: Sequence[NodeFacts]) -> list[Check]:
+    """Are the libraries there, in the needed versions, and the same everywhere?"""
+    checks = []
+    for unfit in sorted({one for node in nodes for one in node.unfit}):
+        where = _names(node for node in nodes if unfit in node.unfit)
+        remedy = "make install on that node, or the same image everywhere (docs/versions.md)"
+        checks.append(Check("versions", Status.BAD, f"{where}: {unfit}", remedy))
+    packages = list(dict.fromkeys(package for node in nodes for package in node.versions))
+    for package in packages:
+        by_version: dict[str, list[NodeFacts]] = {}
+        for node in nodes:
+            by_version.setdefault(node.versions.get(package, "absent"), []).append(node)
+        if len(by_version) > 1:
+            groups = sorted(by_version.items(), key=lambda item: -len(item[1]))
+            found = "; ".join(f"{version} on {_names(holders)}" for version, holders in groups)
+            remedy = "give every node the same environment: one folder that all see, or one container image"
+            checks.append(Check("versions", Status.BAD, f"{package} differs: {found}", remedy))
+    if not checks:
+        shown = ("python", "torch", "cuda", "nccl", "driver", "megatron-core", "deepspeed", "transformers", "code")
+        versions = nodes[0].versions
+        found = ", ".join(f"{name} {versions[name]}" for name in shown if name in versions)
+        checks.append(Check("versions", Status.GOOD, found + _everywhere(nodes)))
+    return checks
+
+
+def judge_devices(nodes: Sequence[NodeFacts], on_cpu: bool) -> list[Check]:
+    """Are all GPUs there, do they work, and are they alike and free?"""
+    broken = [
+        Check("GPUs", Status.BAD, f"{node.name}, local rank {number}: {device.error}", _BROKEN_GPU)
+        for node in nodes
+        for number, device in enumerate(node.devices)
+        if device.error
+    ]
+    if broken:
+        return broken
+    if on_cpu:
+        return [Check("GPUs", Status.GOOD, f"none is used: {len(nodes[0].devices)} processes on the CPU")]
+    checks = []
+    few = [node for node in nodes if node.num_gpus < len(node.devices)]
+    for node in few:
+        checks.append(Check("GPUs", Status.BAD, f"{node.name} has {node.num_gpus}", _FEW_GPUS))
+    kinds = Counter(device.name for node in nodes for device in node.devices)
+    if len(kinds) > 1:
+        found = "; ".join(
+            f"{kind} on {_names(node for node in nodes if any(one.name == kind for one in node.devices))}"
+            for kind in kinds
+        )
+        checks.append(
+            Check("GPUs", Status.WARN, found, "the slowest kind sets the pace: ask for one kind (--constraint)")
+        )
+    used = [
+        f"{node.name}, GPU {number}: {decimal(device.free_bytes)} free of {decimal(device.total_bytes)}"
+        for node in nodes
+        for number, device in enumerate(node.devices)
+        if device.free_bytes < 0.9 * device.total_bytes
+    ]
+    if used:
+        remedy = "another process uses it: nvidia-smi there; ask for whole nodes (--exclusive)"
+        checks.append(Check("GPUs", Status.WARN, "; ".join(used), remedy))
+    if not checks:
+        device = nodes[0].devices[0]
+        found = f"{len(nodes[0].devices)} {device.name}, {decimal(device.total_bytes)} each"
+        checks.append(Check("GPUs", Status.GOOD, found + _everywhere(nodes)))
+    return checks
+
+
+_BROKEN_GPU = "nvidia-smi there; drain the node or leave it out (sbatch --exclude=NODE)"
+_FEW_GPUS = "ask for them (--gpus-per-node), set --gpus to what there is, or leave the node out (sbatch --exclude=NODE)"
+
+
+def judge_memory(nodes: Sequence[NodeFacts], needs: Needs | None) -> list[Check]:
+    """Is there memory on the GPUs and on the host?"""
+
+    def host_need(node: NodeFacts) -> int:
+        return len(node.devices) * (_LITTLE_MEMORY + (needs.host if needs else 0))
+
+    checks = [
+        _each(
+            "host memory",
+            nodes,
+            lambda node: Status.WARN if node.available_memory < host_need(node) else Status.GOOD,
+            lambda node: f"{decimal(node.available_memory)} free for {len(node.devices)} processes",
+            f"about {decimal(max(map(host_need, nodes)))} are needed: ask for the node's whole memory (--mem=0)",
+        ),
+        _each(
+            "/dev/shm",
+            nodes,
+            lambda node: Status.WARN if node.shared_memory < _LITTLE_SHARED_MEMORY else Status.GOOD,
+            lambda node: f"{decimal(node.shared_memory)} free",
+            "data loaders and NCCL pass data there: give a container more (docker --shm-size=16g --ipc=host)",
+        ),
+    ]
+    if needs and any(device.total_bytes for node in nodes for device in node.devices):
+
+        def room(node: NodeFacts) -> int:
+            return min(device.total_bytes for device in node.devices)
+
+        def status(node: NodeFacts) -> Status:
+            if needs.gpu > room(node):
+                return Status.BAD
+            return Status.WARN if needs.gpu > _ACTIVATIONS * room(node) else Status.GOOD
+
+        remedy = "more tensor or pipeline ranks, a higher parallel.zero_stage, or optimizer.kind=adamw_8bit"
+        found = f"the fullest rank takes {decimal(needs.gpu)} before activations"
+        checks.append(_each("GPU memory", nodes, status, lambda node: f"{found}; {decimal(room(node))} there", remedy))
+    return checks
+
+
+def judge_folder(nodes: Sequence[NodeFacts], unseen: Mapping[int, Sequence[int]], needs: Needs | None) -> list[Check]:
+    """Can every node write the run's folder, is it one folder, and does the run fit?
+
+    `unseen` has, by node, those whose tokens don't show up on it.
+    """
+    need = needs.disk if needs else _LEAST_DISK
+    names = {node.node: node.name for node in nodes}
+    checks = [
+        Check("run folder", Status.BAD, f"{node.name}: {node.folder.error}", "mount it there, and let this user write")
+        for node in nodes
+        if node.folder.error
+    ]
+    blind = {seer: hidden for seer, hidden in unseen.items() if hidden}
+    if blind and not checks:
+        found = "; ".join(f"{names[seer]} doesn't see {_list(names[one] for one in blind[seer])}" for seer in blind)
+        odd = Counter(one for seer, hidden in blind.items() for one in (seer, *hidden)).most_common()
+        apart = _list(names[node] for node, count in odd if count == odd[0][1])
+        remedy = (
+            f"look at {apart}: the folder must be on a file system that every node mounts, not on a node's own disk"
+        )
+        checks.append(Check("shared folder", Status.BAD, found, remedy))
+    elif len(nodes) > 1 and not checks:
+        checks.append(Check("shared folder", Status.GOOD, f"each of {len(nodes)} nodes sees what the others write"))
+    reason = f"{decimal(need)} are needed: the checkpoints to keep (checkpoint.keep_last, keep_every) and one more"
+
+    def status(node: NodeFacts) -> Status:
+        if node.folder.free_bytes < need:
+            return Status.BAD
+        return Status.WARN if needs is None and node.folder.free_bytes < _LITTLE_DISK else Status.GOOD
+
+    if not any(node.folder.error for node in nodes):
+        remedy = f"{reason}; free space or set another run_dir" if needs else "free space, or set another run_dir"
+        checks.append(_each("disk", nodes, status, lambda node: f"{decimal(node.folder.free_bytes)} free", remedy))
+    return checks
+
+
+def judge_clocks(names: Mapping[int, str], offsets: Mapping[int, ClockOffset]) -> list[Check]:
+    """Do the nodes' clocks agree with the first one's? What the measurement itself took is left out of account."""
+    sure = {node: max(0.0, abs(offset.seconds) - offset.uncertainty) for node, offset in offsets.items()}
+    checks = [
+        Check(
+            "clocks",
+            Status.BAD if sure[node] >= _CLOCK_BAD else Status.WARN,
+            f"{names[node]} is {abs(offsets[node].seconds):.1f} s {'ahead' if offsets[node].seconds > 0 else 'behind'}",
+            "set it and let it be kept: chronyc tracking, systemctl restart chronyd",
+        )
+        for node in sorted(sure)
+        if sure[node] >= _CLOCK_WARN
+    ]
+    if offsets and not checks:
+        worst = max(offsets.values(), key=lambda offset: abs(offset.seconds) + offset.uncertainty)
+        found = f"within {abs(worst.seconds) + worst.uncertainty:.3f} s of {names[0]}"
+        checks.append(Check("clocks", Status.GOOD, found))
+    return checks
+
+
+def judge_run(nodes: Sequence[NodeFacts]) -> list[Check]:
+    """Do settings, tokenizer and corpora let the run start on every node?"""
+    by_refusal: dict[str, list[NodeFacts]] = {}
+    for node in nodes:
+        by_refusal.setdefault(node.refusal, []).append(node)
+    return [
+        Check("run", Status.BAD, f"{_names(refused)}: {refusal}", "mend it; training would stop on the same")
+        if refusal
+        else Check("run", Status.GOOD, f"settings, tokenizer and corpora fit{_everywhere(refused)}")
+        for refusal, refused in by_refusal.items()
+    ]
+
+
+def _each(
+    subject: str,
+    nodes: Sequence[NodeFacts],
+    status_of: Callable[[NodeFacts], Status],
+    tell: Callable[[NodeFacts], str],
+    remedy: str,
+) -> Check:
+    """Return one check for all nodes: the worst of them by name, or what all have at least."""
+    status = max(map(status_of, nodes))
+    if status == Status.GOOD:
+        told = list(dict.fromkeys(map(tell, nodes)))
+        return Check(subject, status, told[0] + (f" on {nodes[0].name}, the rest has enough too" if told[1:] else ""))
+    worst = [node for node in nodes if status_of(node) == status]
+    return Check(subject, status, "; ".join(f"{node.name}: {tell(node)}" for node in worst), remedy)
+
+
+def _names(nodes: Iterable[NodeFacts]) -> str:
+    return _list(node.name for node in nodes)
+
+
+def _list(names: Iterable[str]) -> str:
+    """Return the names, or the first of many."""
+    every = list(names)
+    return ", ".join(every[:8]) + (f" and {len(every) - 8} more" if len(every) > 8 else "")
+
+
+def _everywhere(nodes: Sequence[NodeFacts]) -> str:
+    return f", the same on {len(nodes)} nodes" if len(nodes) > 1 else ""
