@@ -60,6 +60,8 @@ def doctor(  # noqa: PLR0913 - a command's parameters are its options
         raise typer.BadParameter(f"--names has {len(every_name)} names, and --nodes is {nodes}")
     if overrides and not config:
         raise typer.BadParameter(f"{overrides[0]} changes a setting of a --config, and none is given")
+    # What torch would warn of when a wait is over, the doctor says itself.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     import torch
 
     from megatron_kosmos.engine.doctor.examine import examine

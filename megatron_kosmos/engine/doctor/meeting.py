@@ -126,7 +126,7 @@ def _no_store(place: Place, address: str, reason: str) -> str:
     where = f"{place.head} ({address}), port {place.port}"
     if place.node == 0:
         return (
-            f"{where} can't be opened: {reason}. --head (MASTER_ADDR) must be the name or address of this node, node 0, "
+            f"{where} can't be opened: {reason}. --head (MASTER_ADDR) must be a name or address of this node, node 0, "
             "and no other process may have the port: set another --port (MASTER_PORT)"
         )
     return f"{where} answers, but not as node 0's doctor: {reason}. Set another --port (MASTER_PORT)"

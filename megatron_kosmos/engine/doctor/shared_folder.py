@@ -20,6 +20,7 @@ class SharedFolder:
 
     def __init__(self, run_dir: Path, timeout_seconds: float) -> None:
         self._run_dir, self._timeout_seconds = run_dir, timeout_seconds
+        self._look_seconds = min(timeout_seconds, _LOOK_SECONDS)
         self._created = list[Path]()
 
     def leave_token(self, node: int) -> FolderFacts:
@@ -33,7 +34,7 @@ class SharedFolder:
     def unseen(self, tokens: Sequence[str]) -> list[str]:
         """Return those of other nodes' `tokens` that don't show up here."""
         try:
-            return within(_LOOK_SECONDS + self._timeout_seconds, self._look_for, tokens)
+            return within(self._look_seconds + self._timeout_seconds, self._look_for, tokens)
         except (OSError, TimeoutError):
             return list(tokens)
 
@@ -58,7 +59,7 @@ class SharedFolder:
 
     def _look_for(self, tokens: Sequence[str]) -> list[str]:
         """Open by name: a client of NFS may show an old list of a folder for half a minute."""
-        unseen, deadline = list(tokens), time.monotonic() + _LOOK_SECONDS
+        unseen, deadline = list(tokens), time.monotonic() + self._look_seconds
         while True:
             unseen = [token for token in unseen if not self._holds(token)]
             if not unseen or time.monotonic() > deadline:
