@@ -62,7 +62,10 @@ def doctor(  # noqa: PLR0913 - a command's parameters are its options
         raise typer.BadParameter(f"{overrides[0]} changes a setting of a --config, and none is given")
     # What torch would warn of when a wait is over, the doctor says itself.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    import torch
+    try:
+        import torch
+    except (ImportError, OSError) as error:
+        sys.exit(f"kosmos doctor: {node_name or socket.gethostname()}: torch doesn't load: {error}; make install there")
 
     from megatron_kosmos.engine.doctor.examine import examine
     from megatron_kosmos.engine.doctor.meeting import Place

@@ -26,6 +26,7 @@ def examine(place: Place, wanted: Wanted) -> Findings:
     with Workers(wanted.num_workers, wanted.on_cpu) as workers:
         try:
             meeting = Meeting(place, wanted.timeout_seconds)
+            meeting.tell(f"here/{place.node}", "")
             folder = SharedFolder(wanted.run_dir, wanted.timeout_seconds)
             facts = _look_at_node(place, wanted, workers, folder)
             patient = Patient(place, wanted, meeting, workers, folder, facts)

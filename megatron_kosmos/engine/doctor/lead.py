@@ -1,7 +1,10 @@
 """The part of the first node: it gathers what all found, judges it, and names the nodes that are missing or bad."""
 
 import json
+import time
 from dataclasses import asdict
+
+from pydantic import ValidationError
 
 from megatron_kosmos.config import ConfigError
 from megatron_kosmos.engine.doctor.checks import Check, Status, is_good
@@ -29,21 +32,38 @@ _WAYS_TO_FAIL = "the node is down, srun didn't reach it, or it can't reach this 
 def lead(patient: Patient) -> Findings:
     """Examine the job, and return every check. Each wait for another node ends by the timeout."""
     wanted, meeting = patient.wanted, patient.meeting
-    others = range(1, patient.place.num_nodes)
     needs, checks = _needs(patient)
-    told = meeting.read_all("facts", others, wanted.timeout_seconds)
-    nodes = [patient.facts, *(NODE.read(told[node]) for node in sorted(told))]
-    absent = [node for node in others if node not in told]
-    checks += [_missing(patient, node, "didn't come", _WAYS_TO_FAIL) for node in absent]
+    nodes, unheard = _gather_facts(patient)
+    checks += unheard
     checks += judge_versions(nodes) + judge_devices(nodes, wanted.on_cpu) + judge_kernels(nodes, wanted.run)
     checks += judge_memory(nodes, needs) + _judge_together(patient, nodes, needs)
-    if wanted.run is not None or wanted.refusal:
+    if wanted.run is not None or any(node.refusal for node in nodes):
         checks += judge_run(nodes)
     checks += _judge_sums(patient, nodes, may_try=is_good(checks))
     meeting.tell("verdict", GOOD if is_good(checks) else "bad")
     # They read the verdict from a store that ends with this process.
-    meeting.read_all("bye", sorted(told), _BYE_SECONDS)
+    meeting.read_all("bye", [node.node for node in nodes[1:]], _BYE_SECONDS)
     return Findings(is_good(checks), tuple(checks))
+
+
+def _gather_facts(patient: Patient) -> tuple[list[NodeFacts], list[Check]]:
+    """Return what all nodes found, this one first, and those that tell nothing as checks."""
+    seconds = patient.wanted.timeout_seconds
+    others = range(1, patient.place.num_nodes)
+    here = patient.meeting.read_all("here", others, seconds)
+    checks = [_missing(patient, node, f"didn't come within {seconds:g} s") for node in others if node not in here]
+    # Each of the things that a node looks at may take it one timeout.
+    told = patient.meeting.read_all("facts", sorted(here), 3 * seconds)
+    checks += [_missing(patient, node, "came, and told nothing of itself") for node in sorted(here) if node not in told]
+    nodes = [patient.facts]
+    for node in sorted(told):
+        try:
+            nodes.append(NODE.read(told[node]))
+        except ValidationError:
+            found = f"{patient.place.name_of(node)} tells of itself what this version doesn't understand"
+            remedy = "it has another version of megatron_kosmos: give every node the same environment"
+            checks.append(Check("versions", Status.BAD, found, remedy))
+    return nodes, checks
 
 
 def _needs(patient: Patient) -> tuple[Needs | None, list[Check]]:
@@ -55,9 +75,10 @@ def _needs(patient: Patient) -> tuple[Needs | None, list[Check]]:
         return within(wanted.timeout_seconds, wanted.plan_needs, wanted.run, patient.world_size), []
     except ConfigError as error:
         return None, [Check("run", Status.BAD, str(error), "mend it; training would stop on the same")]
-    except TimeoutError as error:
-        found = f"{patient.place.name}: the run's plan: {error}, so memory and disk are held against no need"
-        return None, [Check("run", Status.WARN, found, "a slow file system or processor? Set a longer --timeout")]
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        found = f"{patient.place.name} can't plan the run, so memory and disk are held against no need: {reason}"
+        return None, [Check("run", Status.WARN, found, "kosmos train --dry-run says more; --timeout, if it is slow")]
 
 
 def _judge_together(patient: Patient, nodes: list[NodeFacts], needs: Needs | None) -> list[Check]:
@@ -69,9 +90,10 @@ def _judge_together(patient: Patient, nodes: list[NodeFacts], needs: Needs | Non
     hidden = {0: unseen(patient, tokens)}
     told = meeting.read_all("unseen", here, 2 * seconds)
     hidden |= {node: json.loads(text) for node, text in told.items()}
-    offsets = {node: meeting.read_clock(node) for node in told}
+    deadline = time.monotonic() + seconds
+    offsets = {node: meeting.read_clock(node, deadline - time.monotonic()) for node in sorted(told)}
     silent = [node for node in here if offsets.get(node) is None]
-    checks = [_missing(patient, node, "came, and then fell silent", _WAYS_TO_FAIL) for node in silent]
+    checks = [_missing(patient, node, "came, and then fell silent") for node in silent]
     checks += judge_folder(nodes, hidden, needs)
     names = {node.node: node.name for node in nodes}
     return checks + judge_clocks(names, {node: offset for node, offset in offsets.items() if offset is not None})
@@ -105,7 +127,6 @@ def _judge_sums(patient: Patient, nodes: list[NodeFacts], may_try: bool) -> list
     return judge_sums(ranks, name_of)
 
 
-def _missing(patient: Patient, node: int, how: str, remedy: str) -> Check:
-    seconds = patient.wanted.timeout_seconds
-    found = f"{patient.place.name_of(node)} {how} within {seconds:g} s"
-    return Check("nodes", Status.BAD, found, f"{remedy}; leave it out: sbatch --exclude=NODE")
+def _missing(patient: Patient, node: int, how: str) -> Check:
+    remedy = f"{_WAYS_TO_FAIL}; leave it out: sbatch --exclude=NODE"
+    return Check("nodes", Status.BAD, f"{patient.place.name_of(node)} {how}", remedy)

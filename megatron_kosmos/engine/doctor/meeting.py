@@ -56,7 +56,6 @@ class Meeting:
 
     def __init__(self, place: Place, timeout_seconds: float) -> None:
         """Open the store on node 0, find it on the others. Raises NoMeetingError."""
-        self._timeout_seconds = timeout_seconds
         self.address = _resolve(place.head)
         is_head = place.node == 0
         if not is_head:
@@ -96,13 +95,13 @@ class Meeting:
         told = {node: self.read(f"{key}/{node}", deadline - time.monotonic()) for node in nodes}
         return {node: text for node, text in told.items() if text is not None}
 
-    def read_clock(self, node: int) -> ClockOffset | None:
+    def read_clock(self, node: int, timeout_seconds: float) -> ClockOffset | None:
         """Ask `node`, which calls `answer_clock`, for its time; None where it doesn't answer."""
         best: ClockOffset | None = None
         for number in range(_CLOCK_ROUNDS):
             start = time.time()
             self.tell(f"clock-asked/{node}/{number}", "")
-            told = self.read(f"clock/{node}/{number}", self._timeout_seconds)
+            told = self.read(f"clock/{node}/{number}", timeout_seconds)
             half = (time.time() - start) / 2
             if told is None:
                 return None

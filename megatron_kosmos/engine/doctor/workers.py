@@ -63,6 +63,11 @@ class Workers:
             for process in self._processes:
                 process.join(max(0.0, deadline - time.monotonic()))
 
+    @property
+    def process_ids(self) -> list[int]:
+        """Of the processes, by local rank."""
+        return [process.pid or 0 for process in self._processes]
+
     def devices(self, timeout_seconds: float) -> tuple[DeviceFacts, ...]:
         """Return what each found, by local rank."""
         answers = self._collect(timeout_seconds)
