@@ -35,7 +35,7 @@ class Trial:
     repeats: int = 5
 
 
-ON_CPU = Trial(sum_bytes=(4 * _KIB, 256 * _KIB, 4 * _MIB), link_bytes=_MIB, matrix_width=256, num_products=4)
+ON_CPU = Trial(sum_bytes=(4 * _KIB, _MIB), link_bytes=_MIB, matrix_width=256, num_products=4, repeats=3)
 ON_GPU = Trial(sum_bytes=(64 * _KIB, 4 * _MIB, 256 * _MIB), link_bytes=64 * _MIB, matrix_width=8192, num_products=8)
 
 

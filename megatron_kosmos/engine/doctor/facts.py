@@ -26,6 +26,8 @@ class FolderFacts:
     """What a node found where the run is written."""
 
     free_bytes: int = 0
+    held_bytes: int = 0
+    """Of the checkpoints that are there already, for a run that goes on."""
     token: str = ""
     """Name of the file that this node left there for the others."""
     error: str = ""

@@ -165,13 +165,17 @@ def judge_folder(nodes: Sequence[NodeFacts], unseen: Mapping[int, Sequence[int]]
     reason = f"{decimal(need)} are needed: the checkpoints to keep (checkpoint.keep_last, keep_every) and one more"
 
     def status(node: NodeFacts) -> Status:
-        if node.folder.free_bytes < need:
+        if node.folder.free_bytes + (node.folder.held_bytes if needs else 0) < need:
             return Status.BAD
         return Status.WARN if needs is None and node.folder.free_bytes < _LITTLE_DISK else Status.GOOD
 
+    def tell(node: NodeFacts) -> str:
+        held = f", {decimal(node.folder.held_bytes)} in checkpoints" if node.folder.held_bytes else ""
+        return f"{decimal(node.folder.free_bytes)} free{held}"
+
     if not any(node.folder.error for node in nodes):
         remedy = f"{reason}; free space or set another run_dir" if needs else "free space, or set another run_dir"
-        checks.append(_each("disk", nodes, status, lambda node: f"{decimal(node.folder.free_bytes)} free", remedy))
+        checks.append(_each("disk", nodes, status, tell, remedy))
     return checks
 
 

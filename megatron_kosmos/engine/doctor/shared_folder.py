@@ -27,7 +27,8 @@ class SharedFolder:
         """Write this node's token, and return it with the space that is left."""
         token = f"node-{node}-{secrets.token_hex(8)}"
         try:
-            return FolderFacts(within(self._timeout_seconds, self._write, token), token)
+            free, held = within(self._timeout_seconds, self._write, token)
+            return FolderFacts(free, held, token)
         except (OSError, TimeoutError) as error:
             return FolderFacts(error=f"{self._run_dir}: {error}")
 
@@ -45,7 +46,8 @@ class SharedFolder:
         except (OSError, TimeoutError):
             return  # it was told above, and a token is no harm
 
-    def _write(self, token: str) -> int:
+    def _write(self, token: str) -> tuple[int, int]:
+        """Return the free bytes there, and those of checkpoints."""
         for folder in reversed([self._run_dir / _TOKENS, self._run_dir, *self._run_dir.parents]):
             if not folder.exists():
                 folder.mkdir(exist_ok=True)
@@ -55,7 +57,8 @@ class SharedFolder:
             file.write(token)
             file.flush()
             os.fsync(file.fileno())
-        return shutil.disk_usage(self._run_dir).free
+        held = sum(path.stat().st_size for path in (self._run_dir / "checkpoints").rglob("*") if path.is_file())
+        return shutil.disk_usage(self._run_dir).free, held
 
     def _look_for(self, tokens: Sequence[str]) -> list[str]:
         """Open by name: a client of NFS may show an old list of a folder for half a minute."""

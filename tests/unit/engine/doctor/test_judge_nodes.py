@@ -135,6 +135,9 @@ def test_a_disk_that_is_too_small_is_named(nodes: list[NodeFacts]) -> None:
     assert bad.found == "n1: 30.0 GB free"
     assert "100.0 GB are needed" in bad.remedy
     assert all(check.status == Status.GOOD for check in judge_folder(small, {}, None))
+    # A run that goes on has most of its checkpoints already.
+    goes_on = altered(nodes, 1, folder=FolderFacts(free_bytes=30 * GB, held_bytes=75 * GB, token="t1"))
+    assert all(check.status == Status.GOOD for check in judge_folder(goes_on, {}, NEEDS))
 
 
 def test_a_node_apart_from_the_shared_folder_is_named(nodes: list[NodeFacts]) -> None:

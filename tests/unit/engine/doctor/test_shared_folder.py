@@ -23,10 +23,15 @@ def test_nodes_with_folders_of_their_own_dont_see_each_other(tmp_path: Path) -> 
 
 
 def test_a_run_that_is_there_is_left_as_it_was(tmp_path: Path) -> None:
-    (tmp_path / "config.yaml").write_text("kept")
+    weights = tmp_path / "checkpoints" / "step_00000010" / "weights.safetensors"
+    weights.parent.mkdir(parents=True)
+    weights.write_bytes(bytes(1000))
     folder = SharedFolder(tmp_path, timeout_seconds=60)
-    folder.clear(folder.leave_token(0).token, with_others=True)
-    assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
+    left = folder.leave_token(0)
+    assert left.held_bytes == 1000
+    folder.clear(left.token, with_others=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoints"]
+    assert weights.stat().st_size == 1000
 
 
 def test_a_folder_that_cant_be_written_says_so(tmp_path: Path) -> None:
