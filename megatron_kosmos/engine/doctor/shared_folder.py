@@ -57,8 +57,7 @@ class SharedFolder:
             file.write(token)
             file.flush()
             os.fsync(file.fileno())
-        held = sum(path.stat().st_size for path in (self._run_dir / "checkpoints").rglob("*") if path.is_file())
-        return shutil.disk_usage(self._run_dir).free, held
+        return shutil.disk_usage(self._run_dir).free, _bytes_below(self._run_dir / "checkpoints")
 
     def _look_for(self, tokens: Sequence[str]) -> list[str]:
         """Open by name: a client of NFS may show an old list of a folder for half a minute."""
@@ -88,3 +87,14 @@ class SharedFolder:
                 folder.rmdir()
             except OSError:
                 return  # another node still uses it
+
+
+def _bytes_below(folder: Path) -> int:
+    """Return the bytes of all files below `folder`, of which some may be on their way out."""
+    total = 0
+    for path in folder.rglob("*"):
+        try:
+            total += path.lstat().st_size if path.is_file() else 0
+        except FileNotFoundError:
+            continue
+    return total
