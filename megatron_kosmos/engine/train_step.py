@@ -18,12 +18,13 @@ from megatron_kosmos.batch import MultimodalBatch
 from megatron_kosmos.config import RunConfig
 from megatron_kosmos.engine.stage import Stage
 from megatron_kosmos.model.kosmos import KosmosModel
+from megatron_kosmos.model.loss import TokenLosses
 from megatron_kosmos.observability.timers import Timers
 from megatron_kosmos.parallel.randomness import seed_microbatch
 from megatron_kosmos.parallel.topology import Topology
 from megatron_kosmos.prompt import SOURCE_KINDS, SourceKind
 
-LossFunction = Callable[[Tensor], tuple[Tensor, dict[str, Tensor]]]
+LossFunction = Callable[[TokenLosses], tuple[Tensor, dict[str, Tensor]]]
 Microbatches = Iterator[tuple[int, MultimodalBatch]]
 
 
@@ -106,8 +107,8 @@ class StepRunner:
 
         def forward(iterator: Microbatches, chunk: KosmosModel) -> tuple[Tensor, Callable[..., Tensor]]:
             _, microbatch = next(iterator)
-            output = self._module(chunk)(microbatch.to(self.topology.device), wants_logits=True)
-            return output, lambda logits_BTV, non_loss_data: logits_BTV[:, column].argmax(-1)
+            output = self._module(chunk)(microbatch.to(self.topology.device), logits_of=slice(column, column + 1))
+            return output, lambda logits_B1V, non_loss_data: logits_B1V[:, 0].argmax(-1)
 
         # The interleaved schedule runs no fewer microbatches than there are stages.
         repeats = self.topology.pp_size if self.topology.virtual_size > 1 else 1
@@ -136,17 +137,17 @@ class StepRunner:
 
     def _forward_step(
         self, step: int, scale: float
-    ) -> Callable[[Microbatches, KosmosModel], tuple[Tensor, LossFunction]]:
+    ) -> Callable[[Microbatches, KosmosModel], tuple[Tensor | TokenLosses, LossFunction]]:
         """Return the function that megatron-core's schedule calls for each microbatch and chunk."""
 
-        def forward(iterator: Microbatches, chunk: KosmosModel) -> tuple[Tensor, LossFunction]:
+        def forward(iterator: Microbatches, chunk: KosmosModel) -> tuple[Tensor | TokenLosses, LossFunction]:
             index, batch = next(iterator)
             batch = batch.to(self.topology.device)
             seed_microbatch(self.run.training.seed, step, index, chunk.chunk.index, self.topology)
             output = self._module(chunk)(batch)
 
-            def loss(losses_BT: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-                return losses_BT.sum() * scale, {"sums": _sums_by_source(losses_BT.detach(), batch)}
+            def loss(losses: TokenLosses) -> tuple[Tensor, dict[str, Tensor]]:
+                return losses.total * scale, {"sums": _sums_by_source(losses.each_BT, batch)}
 
             return output, loss
 

@@ -20,7 +20,7 @@ from megatron_kosmos.config import CrossAttentionConfig, ModelConfig
 from megatron_kosmos.model.cross_attention import CrossAttentionResampler
 from megatron_kosmos.model.documents import segments_of
 from megatron_kosmos.model.embedding import SplicedEmbedding
-from megatron_kosmos.model.loss import mask_padded_vocabulary, token_losses
+from megatron_kosmos.model.loss import OutputLayer, TokenLosses
 from megatron_kosmos.model.magneto import decoder_submodules
 from megatron_kosmos.model.recomputation import DecoderBlock
 from megatron_kosmos.model.resampler import PerceiverResampler
@@ -61,14 +61,7 @@ class KosmosModel(MegatronModule):
             vp_stage=self.vp_stage,
         )
         if chunk.is_last:
-            self.output_layer = ColumnParallelLinear(
-                model.decoder.width,
-                model.decoder.padded_vocab_size,
-                config=config,
-                init_method=config.init_method,
-                bias=False,
-                skip_weight_param_allocation=tied and chunk.is_first,
-            )
+            self.output_layer = OutputLayer(model.decoder, config, owns_weight=not (tied and chunk.is_first))
             if tied and not chunk.is_first:
                 # The second copy of the tied matrix: its gradient joins the first's, and norms count it once.
                 self.output_layer.weight.is_tied_copy = True
@@ -84,25 +77,30 @@ class KosmosModel(MegatronModule):
             hidden_TBD = hidden_TBD.detach()
         self.decoder.set_input_tensor(hidden_TBD)
 
-    def forward(self, batch: MultimodalBatch, wants_logits: bool = False) -> Tensor:
-        """Return hidden states [T, B, D] to send on; on the last chunk each position's loss [B, T] in nats.
+    def forward(self, batch: MultimodalBatch, logits_of: slice | None = None) -> Tensor | TokenLosses:
+        """Return hidden states [T, B, D] to send on; on the last chunk the losses of the batch's targets.
 
-        Losses are zero where `batch.loss_mask` is false; they are alike on all tensor-parallel ranks. With
-        `wants_logits` the last chunk returns the logits [B, T, V] of the existing ids, gathered from the tensor ranks.
+        With `logits_of`, positions of T, the last chunk returns their logits [B, T', V] of the existing ids, gathered
+        from the tensor ranks.
         """
         hidden_TBD = self._decode(batch)
         if not self.chunk.is_last:
             return hidden_TBD
-        logits_TBV = self._local_logits(hidden_TBD)
-        if not wants_logits:
-            return token_losses(logits_TBV, batch.labels, batch.loss_mask)
+        decoder = self.model_config.decoder
+        shares_embedding = decoder.tie_embeddings and self.chunk.is_first
+        weight = self.embedding.word_embeddings.weight if shares_embedding else None
+        if logits_of is None:
+            losses: TokenLosses = self.output_layer(hidden_TBD, weight, targets=(batch.labels, batch.loss_mask))
+            return losses
+        logits_TBV = self.output_layer(hidden_TBD, weight, columns=logits_of)
         if self.topology.tp_size > 1:
             logits_TBV = gather_from_tensor_model_parallel_region(logits_TBV)
-        return logits_TBV.transpose(0, 1)[..., : self.model_config.decoder.vocab_size]
+        return logits_TBV.transpose(0, 1)[..., : decoder.vocab_size]
 
     def logits(self, batch: MultimodalBatch) -> Tensor:
         """Return the logits [B, T, V] of a model that this rank's stage holds whole."""
-        return self(batch, wants_logits=True)
+        logits: Tensor = self(batch, logits_of=slice(None))
+        return logits
 
     def embed_images(self, images: Tensor, num_images: int) -> Tensor:
         """Return embeddings [I', L, D] of I images, this tensor rank's share of which are `images` [J, 3, S, S].
@@ -119,13 +117,6 @@ class KosmosModel(MegatronModule):
             hidden_TBD = self.embedding(batch.input_ids, batch.position_ids, images_ILD, batch.image_positions)
         segments = segments_of(batch, batch.input_ids.device)
         return self.decoder(hidden_TBD, attention_mask=None, packed_seq_params=segments)
-
-    def _local_logits(self, hidden_TBD: Tensor) -> Tensor:
-        decoder = self.model_config.decoder
-        shares_embedding = decoder.tie_embeddings and self.chunk.is_first
-        weight = self.embedding.word_embeddings.weight if shares_embedding else None
-        logits_TBV, _ = self.output_layer(hidden_TBD, weight=weight)
-        return mask_padded_vocabulary(logits_TBV, decoder.vocab_size, self.topology.tp_rank)
 
 
 def _resampler(model: ModelConfig) -> nn.Module:

@@ -119,9 +119,9 @@ def losses_and_gradients(
     chunk = build(run, dtype)
     losses = [chunk(batch) for batch in batches]
     num_targets = sum(batch.num_target_tokens for batch in batches)
-    (torch.cat([one.sum()[None] for one in losses]).sum() / num_targets).backward()
+    (torch.stack([one.total for one in losses]).sum() / num_targets).backward()
     gradients = {one.name: one.parameter.grad for one in named_parameters(chunk) if one.parameter.grad is not None}
-    return [one.detach() for one in losses], gradients
+    return [one.each_BT for one in losses], gradients
 
 
 @cache

@@ -77,7 +77,7 @@ def compute(case: Case, topology: Topology) -> Result:
     else:
         with torch.no_grad():
             logits = chunk.logits(batch)
-        loss = chunk(batch).sum() / batch.num_target_tokens
+        loss = chunk(batch).total / batch.num_target_tokens
     loss.backward()
     return Result(logits.detach(), loss.detach(), whole_gradients(chunk, case.weights, topology))
 

@@ -245,9 +245,9 @@ def losses_and_gradients(
     starts = torch.tensor(segments, dtype=torch.int32) if segments else row_starts(MICRO, LENGTH)
     (batch,) = rank_batches(0, "m", topology)
     losses = chunk(replace(batch, document_starts=starts))
-    losses.sum().backward()
+    losses.total.backward()
     gradients = {one.name: one.parameter.grad for one in named_parameters(chunk) if one.parameter.grad is not None}
-    return losses.detach(), gradients
+    return losses.each_BT, gradients
 
 
 @pytest.mark.distributed

@@ -1,6 +1,9 @@
 """The loss over a vocabulary with padding that tensor parallelism cuts anywhere: torch's cross-entropy, always."""
 
-from functools import cache
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import cache, partial
 from itertools import product
 from typing import Any
 
@@ -12,57 +15,78 @@ from torch import Tensor
 from megatron_kosmos.batch import MultimodalBatch
 from megatron_kosmos.config import ParallelConfig, RunConfig
 from megatron_kosmos.engine.builder import build_chunks, derive_transformer_config
+from megatron_kosmos.model import loss
 from megatron_kosmos.model.initialization import initialize
-from megatron_kosmos.model.loss import mask_padded_vocabulary, token_losses
+from megatron_kosmos.model.loss import linear_cross_entropy
+from megatron_kosmos.model.names import named_parameters
 from megatron_kosmos.parallel.topology import build_topology
 from tests.distributed.harness import run_ranks
 from tests.distributed.tiny import VOCAB, as_seen_by, step_batches, tiny_run
 
-B, T, PADDED = 2, 5, 32
+N, D, PADDED = 11, 6, 32
 REAL_SIZES = (32, 31, 20, 16, 7, 1)
 """Over four ranks of eight ids: no padding, an odd vocabulary, and one, two and three shards of padding alone."""
 
+CHUNKS = (1, 4, 100)
+"""Targets of a chunk: each alone, a last chunk that is shorter, all at once."""
 
-TOLERANCES = {torch.float32: 2e-6, torch.bfloat16: 2e-2}
+TOLERANCES = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2e-2}
+
+Result = dict[tuple[torch.dtype, int, int], tuple[Tensor, Tensor, Tensor, Tensor]]
+"""Sum of losses, losses [N], gradients of hidden states [N, D] and weight [V, D], by dtype, real ids and chunk."""
 
 
-def logits_and_labels(vocab_size: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return logits [T, B, padded] that are highest in the padding, labels [B, T] and a mask [B, T]."""
+def case(dtype: torch.dtype, vocab_size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return hidden states [N, D], a weight [V, D] whose padding would have the highest logits, and labels [N]."""
     draw = torch.Generator().manual_seed(vocab_size)
-    logits = 3 * torch.randn(T, B, PADDED, generator=draw)
-    logits[..., vocab_size:] += 100.0
-    return logits, torch.randint(0, vocab_size, (B, T), generator=draw), torch.rand(B, T, generator=draw) < 0.6
-
-
-def expected(vocab_size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return torch's losses [B, T] over the real ids, zero where masked, and the logits' gradient."""
-    logits, labels, mask = logits_and_labels(vocab_size)
-    logits = logits.to(dtype).requires_grad_()
-    real = logits[..., :vocab_size].permute(1, 2, 0).float()
-    losses = F.cross_entropy(real, labels, reduction="none") * mask
-    losses.sum().backward()
-    assert logits.grad is not None
-    return losses.detach(), logits.grad
+    hidden, weight = torch.rand(N, D, generator=draw), torch.randn(PADDED, D, generator=draw)
+    weight[vocab_size:] = 100.0
+    return hidden.to(dtype), weight.to(dtype), torch.randint(0, vocab_size, (N,), generator=draw)
 
 
 @cache
-def losses_of_ranks(tp_size: int) -> list[dict[tuple[torch.dtype, int], tuple[Tensor, Tensor]]]:
-    ranks: list[dict[tuple[torch.dtype, int], tuple[Tensor, Tensor]]] = run_ranks(losses_of_rank, tp_size, tp_size)
+def expected(dtype: torch.dtype, vocab_size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return torch's sum of losses over the real ids, losses and gradients, of thrice the sum."""
+    hidden, weight, labels = case(dtype, vocab_size)
+    hidden.requires_grad_()
+    weight.requires_grad_()
+    logits = (hidden @ weight.t())[:, :vocab_size].to(torch.promote_types(dtype, torch.float32))
+    losses = F.cross_entropy(logits, labels, reduction="none")
+    (3 * losses.sum()).backward()
+    assert hidden.grad is not None
+    assert weight.grad is not None
+    return losses.sum().detach(), losses.detach(), hidden.grad, weight.grad
+
+
+@cache
+def results_of_ranks(tp_size: int) -> list[Result]:
+    ranks: list[Result] = run_ranks(results_of_rank, tp_size, tp_size)
     return ranks
 
 
-def losses_of_rank(tp_size: int) -> dict[tuple[torch.dtype, int], tuple[Tensor, Tensor]]:
-    """Return this rank's losses, and the gradient of its logits, by dtype and number of real ids."""
+def results_of_rank(tp_size: int) -> Result:
     topology = build_topology(ParallelConfig(tensor_parallel_size=tp_size), torch.device("cpu"))
     results = {}
-    for dtype, vocab_size in product(TOLERANCES, REAL_SIZES):
-        logits, labels, mask = logits_and_labels(vocab_size)
-        share = logits.chunk(tp_size, -1)[topology.tp_rank].to(dtype, copy=True).requires_grad_()
-        losses = token_losses(mask_padded_vocabulary(share.clone(), vocab_size, topology.tp_rank), labels, mask)
-        losses.sum().backward()
+    for dtype, vocab_size, chunk in product(TOLERANCES, REAL_SIZES, CHUNKS):
+        hidden, weight, labels = case(dtype, vocab_size)
+        share = weight.chunk(tp_size)[topology.tp_rank].clone().requires_grad_()
+        hidden.requires_grad_()
+        num_real = min(max(vocab_size - topology.tp_rank * len(share), 0), len(share))
+        with chunks_of(chunk, len(share)):
+            total, losses = linear_cross_entropy(hidden, share, labels, num_real, topology.tp_group)
+        (3 * total).backward()
+        assert hidden.grad is not None
         assert share.grad is not None
-        results[dtype, vocab_size] = losses.detach(), share.grad
+        results[dtype, vocab_size, chunk] = total.detach(), losses, hidden.grad, share.grad
     return results
+
+
+@contextmanager
+def chunks_of(targets: int, share: int) -> Iterator[None]:
+    """Let a chunk be so many targets, for chunks of the real size would need millions of logits."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loss, "CHUNK_ELEMENTS", targets * share)
+        yield
 
 
 @pytest.mark.distributed
@@ -70,23 +94,59 @@ def losses_of_rank(tp_size: int) -> dict[tuple[torch.dtype, int], tuple[Tensor, 
 @pytest.mark.parametrize("tp_size", [1, 2, 4])
 @pytest.mark.parametrize("vocab_size", REAL_SIZES)
 def test_losses_and_gradients_are_those_of_cross_entropy(vocab_size: int, tp_size: int, dtype: torch.dtype) -> None:
-    tolerance = TOLERANCES[dtype]
-    losses, gradient = expected(vocab_size, dtype)
-    ranks = [results[dtype, vocab_size] for results in losses_of_ranks(tp_size)]
-    for rank_losses, _ in ranks:
-        assert rank_losses.dtype == torch.float32
-        torch.testing.assert_close(rank_losses, losses, atol=tolerance, rtol=tolerance)
-    whole = torch.cat([rank_gradient for _, rank_gradient in ranks], dim=-1)
-    torch.testing.assert_close(whole, gradient, atol=tolerance, rtol=tolerance)
-    assert torch.equal(whole[..., vocab_size:], torch.zeros(T, B, PADDED - vocab_size, dtype=dtype))
+    close = partial(torch.testing.assert_close, atol=TOLERANCES[dtype], rtol=TOLERANCES[dtype])
+    total, losses, hidden, weight = expected(dtype, vocab_size)
+    for chunk in CHUNKS:
+        ranks = [results[dtype, vocab_size, chunk] for results in results_of_ranks(tp_size)]
+        for rank_total, rank_losses, _, _ in ranks:
+            assert rank_losses.dtype == torch.promote_types(dtype, torch.float32)
+            close(rank_total, total)
+            close(rank_losses, losses)
+        close(torch.stack([rank_hidden for _, _, rank_hidden, _ in ranks]).sum(0), hidden)
+        whole = torch.cat([rank_weight for *_, rank_weight in ranks])
+        close(whole, weight)
+        assert not whole[vocab_size:].any()
 
 
-@pytest.mark.parametrize("tp_rank, num_real", [(0, 8), (1, 2), (2, 0), (3, 0)])
-def test_columns_without_an_id_get_the_lowest_value(tp_rank: int, num_real: int) -> None:
-    logits = torch.ones(T, B, 8)
-    masked = mask_padded_vocabulary(logits, 10, tp_rank)
-    assert torch.equal(masked[..., :num_real], logits[..., :num_real])
-    assert (masked[..., num_real:] == torch.finfo(torch.float32).min).all()
+@pytest.mark.distributed
+def test_a_batch_without_targets_has_a_loss_and_gradients_of_zero() -> None:
+    (gradients,) = run_ranks(gradients_without_targets, 1, tiny_run())
+    assert gradients
+    assert not any(gradient.any() for gradient in gradients)
+
+
+def gradients_without_targets(run: RunConfig) -> list[Tensor]:
+    topology = build_topology(run.parallel, torch.device("cpu"))
+    (chunk,) = build_chunks(run, derive_transformer_config(run), topology)
+    initialize(chunk, run.training.seed)
+    batch = step_batches(0, "m")[0]
+    losses = chunk(replace(batch, loss_mask=torch.zeros_like(batch.loss_mask)))
+    losses.total.backward()
+    assert losses.total == 0.0
+    assert not losses.each_BT.any()
+    return [one.parameter.grad for one in named_parameters(chunk) if one.parameter.grad is not None]
+
+
+@pytest.mark.distributed
+def test_no_gradient_is_computed_where_none_is_wanted() -> None:
+    assert run_ranks(gradients_held, 1) == [[(True, True), (True, False), (False, True), (False, False)]]
+
+
+def gradients_held() -> list[tuple[bool, bool]]:
+    """Return which gradients of hidden states and weight come of each pair of wishes, and without autograd."""
+    topology = build_topology(ParallelConfig(), torch.device("cpu"))
+    came = []
+    for wishes in ((True, True), (True, False), (False, True)):
+        hidden, weight, labels = case(torch.float32, PADDED)
+        hidden.requires_grad_(wishes[0])
+        weight.requires_grad_(wishes[1])
+        total, _ = linear_cross_entropy(hidden, weight, labels, PADDED, topology.tp_group)
+        total.backward()
+        came.append((hidden.grad is not None, weight.grad is not None))
+    hidden.requires_grad_()
+    with torch.no_grad():
+        total, _ = linear_cross_entropy(hidden, weight, labels, PADDED, topology.tp_group)
+    return [*came, (total.requires_grad, total.grad_fn is not None)]
 
 
 ODD_VOCABULARY = {"model__decoder__vocab_size": VOCAB - 1}
@@ -99,7 +159,7 @@ def model_losses(run: RunConfig) -> tuple[Tensor, Tensor]:
     (chunk,) = build_chunks(run, derive_transformer_config(run), topology)
     initialize(chunk, run.training.seed)
     batch = as_seen_by(topology, odd_batch())
-    return chunk(batch).detach(), chunk.logits(batch).detach()
+    return chunk(batch).each_BT, chunk.logits(batch).detach()
 
 
 def odd_batch() -> MultimodalBatch:

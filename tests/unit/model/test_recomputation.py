@@ -35,7 +35,7 @@ def train_once(run: RunConfig) -> tuple[list[int], dict[str, Tensor]]:
         layer.register_forward_hook(count(number))
     chunk.train()
     seed_microbatch(run.training.seed, 0, 0, 0, topology)
-    chunk(step_batches(0, "m")[0]).sum().backward()
+    chunk(step_batches(0, "m")[0]).total.backward()
     named = ((name, parameter.grad) for name, parameter in chunk.named_parameters())
     return calls, {name: gradient for name, gradient in named if gradient is not None}
 
