@@ -11,6 +11,7 @@ from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from torch import Tensor, nn
 
+from megatron_kosmos.model.blocked_attention import causal_attention_with_dropout
 from megatron_kosmos.model.documents import Segments, attend_within
 from megatron_kosmos.model.magneto_config import MagnetoConfig
 from megatron_kosmos.model.xpos import XPos
@@ -47,7 +48,10 @@ class CausalAttention(nn.Module):
 
 
 class SdpaAttention(nn.Module):
-    """torch's scaled-dot-product attention, on any device; documents one after the other."""
+    """torch's scaled-dot-product attention, on any device; documents one after the other.
+
+    With dropout on the CPU, where torch has no flash kernel for it, attention goes in blocks.
+    """
 
     def __init__(self, config: MagnetoConfig, **_: Any) -> None:
         super().__init__()
@@ -64,14 +68,14 @@ class SdpaAttention(nn.Module):
         """Return [T, B, H * K], causal over the T tokens."""
         length, batch = query.shape[:2]
         q_BHTK, k_BGTK, v_BGTK = (x.permute(1, 2, 0, 3) for x in (query, key, value))
-        context_BHTK = F.scaled_dot_product_attention(
-            q_BHTK,
-            k_BGTK,
-            v_BGTK,
-            dropout_p=self.dropout if self.training else 0.0,
-            is_causal=True,
-            enable_gqa=q_BHTK.shape[1] != k_BGTK.shape[1],
-        )
+        dropout = self.dropout if self.training else 0.0
+        if dropout and not query.is_cuda:
+            context_BHTK = causal_attention_with_dropout(q_BHTK, k_BGTK, v_BGTK, dropout)
+        else:
+            enable_gqa = q_BHTK.shape[1] != k_BGTK.shape[1]
+            context_BHTK = F.scaled_dot_product_attention(
+                q_BHTK, k_BGTK, v_BGTK, dropout_p=dropout, is_causal=True, enable_gqa=enable_gqa
+            )
         return context_BHTK.permute(2, 0, 1, 3).reshape(length, batch, -1)
 
 

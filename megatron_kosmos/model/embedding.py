@@ -16,6 +16,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from megatron_kosmos.config import DecoderConfig
+from megatron_kosmos.model.dropout import dropout
 
 _FIRST_ROW = 2
 
@@ -47,12 +48,12 @@ class SplicedEmbedding(nn.Module):
         if self.position_embeddings is not None:
             hidden_BTD = (hidden_BTD + self.position_embeddings(position_ids_BT)).to(hidden_BTD.dtype)
         hidden_TBD = hidden_BTD.transpose(0, 1).contiguous()
-        dropout = self.config.hidden_dropout
+        probability = self.config.hidden_dropout
         if not self.config.sequence_parallel:
-            return F.dropout(hidden_TBD, dropout, self.training)
+            return dropout(hidden_TBD, probability, self.training)
         hidden_TBD = scatter_to_sequence_parallel_region(hidden_TBD)
         with get_cuda_rng_tracker().fork():
-            return F.dropout(hidden_TBD, dropout, self.training)
+            return dropout(hidden_TBD, probability, self.training)
 
 
 class SinusoidalPositions(nn.Module):

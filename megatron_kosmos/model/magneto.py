@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.tensor_parallel import ColumnParallelLinear
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 
 from megatron_kosmos.config import DecoderConfig, ParallelConfig, TrainingConfig
 from megatron_kosmos.model.attention import CausalAttention
+from megatron_kosmos.model.dropout import get_bias_dropout_add
 from megatron_kosmos.model.kernels import Kernels
 from megatron_kosmos.model.layer_norm import ResidualLayerNorm
 from megatron_kosmos.model.magneto_config import MagnetoConfig

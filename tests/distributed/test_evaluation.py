@@ -52,7 +52,7 @@ def losses_by_row(run: RunConfig) -> list[tuple[int, float]]:
     rows: list[tuple[int, float]] = []
     with torch.no_grad():
         for batch in step_batches(0, "timm"):
-            rows += zip(batch.sources.tolist(), model.eval()(batch).sum(1).tolist(), strict=True)
+            rows += zip(batch.sources.tolist(), model.eval()(batch).each_BT.sum(1).tolist(), strict=True)
     return rows
 
 

@@ -1,7 +1,7 @@
 """In training dropout falls where torchscale's does: with equal random streams the two compute the same.
 
 torchscale draws from one stream, this package activations from torch's and attention from megatron-core's, so the two
-kinds are compared one by one.
+kinds are compared one by one. torchscale's modules are made to draw an element's bits as this package does.
 """
 
 from dataclasses import replace
@@ -12,9 +12,11 @@ import torch
 import torch.nn.functional as F
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from torch import Tensor, nn
+from torchscale.component.multihead_attention import MultiheadAttention
 
 from megatron_kosmos.batch import MultimodalBatch, row_starts
 from megatron_kosmos.config import DecoderConfig, RunConfig
+from megatron_kosmos.model.dropout import draw_kept, scale_of_kept
 from megatron_kosmos.parallel.topology import build_topology
 from tests.distributed.harness import run_ranks
 from tests.distributed.tiny import step_batches, tiny_run
@@ -32,6 +34,23 @@ KINDS = {
 ORACLE = "torchscale `Decoder` in training, {}"
 
 
+class ActivationDropout(nn.Dropout):
+    """Draws as `dropout` does."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * draw_kept(x, self.p) * scale_of_kept(self.p) if self.training and self.p else x
+
+
+class AttentionDropout(nn.Dropout):
+    """Draws as the blocked attention does for a row that is one block: from a seed of its own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or not self.p:
+            return x
+        generator = torch.Generator().manual_seed(int(torch.randint(2**62, ())))
+        return x * draw_kept(x, self.p, generator) * scale_of_kept(self.p)
+
+
 class Setting(NamedTuple):
     """What both models compute, one row of text: torchscale's activations are then drawn in our order, T by D."""
 
@@ -44,6 +63,11 @@ def setting(kind: str) -> tuple[nn.Module, Setting]:
     changes: dict[str, Any] = {"num_layers": 2, "xpos": True, "positions": "learned", **KINDS[kind]}
     run = tiny_run(**{f"model__decoder__{field}": value for field, value in changes.items()})
     oracle = torchscale_decoder(run.model.decoder, seed=7).train()
+    for module in list(oracle.modules()):
+        for name, dropout in module.named_children():
+            if isinstance(dropout, nn.Dropout):
+                draws = AttentionDropout if isinstance(module, MultiheadAttention) else ActivationDropout
+                setattr(module, name, draws(dropout.p))
     weights = DecoderNames(run.model.decoder, padding=50.0)(oracle.state_dict())
     return oracle, Setting(run, weights, first_row(step_batches(0, "t")[0]))
 
@@ -102,11 +126,11 @@ def test_control_another_place_is_found(kind: str, place: str) -> None:
         attention = layer.self_attn
         if place == "before the sub-LN":
             # After it torchscale has the projection, then its dropout of activations.
-            attention.inner_attn_ln = nn.Sequential(nn.Dropout(0.3), attention.inner_attn_ln)
+            attention.inner_attn_ln = nn.Sequential(ActivationDropout(0.3), attention.inner_attn_ln)
         elif place == "not at all":
             attention.dropout_module = layer.dropout_module = nn.Identity()
     if place == "once more at the end":
-        oracle.layer_norm = nn.Sequential(oracle.layer_norm, nn.Dropout(0.3))
+        oracle.layer_norm = nn.Sequential(oracle.layer_norm, ActivationDropout(0.3))
     torch.manual_seed(SEED)
     with torchscale_in_fp64(oracle):
         logits, _ = oracle(same.batch.input_ids)
