@@ -85,7 +85,7 @@ class VisionConfig(StrictModel):
     """What the resampler reads of every patch and the class token: the last layer's output, or that after the
     post-LayerNorm and divided by its L2 norm (KOSMOS-2)."""
     pretrained: Path | None = None
-    """Folder of a `transformers` CLIP model to start from; null starts from random weights."""
+    """Folder of a CLIP model of `transformers` or open_clip to start from; null starts from random weights."""
     position_embedding_std: PositiveFloat = 0.02
     """Standard deviation of initial position embeddings when `pretrained` is null (decision 10)."""
 

@@ -1,21 +1,33 @@
-"""Starting the vision tower from a CLIP model that transformers saved.
+"""Starting the vision tower from a CLIP model that transformers or open_clip saved.
 
-The folder may hold a whole CLIP model or its vision side alone, with or without the prefix `vision_model.` in the names
-(transformers 5 writes none). What does not fit the configuration is refused before a weight is read: transformers
-itself would build the folder's own sizes, and draw at random what the folder lacks.
+The folder may hold a whole CLIP model or its vision side alone: named as transformers does, with or without the prefix
+`vision_model.` (transformers 5 writes none), or as OpenAI and open_clip do (`visual.*`). What does not fit the
+configuration is refused before training: transformers itself would build the folder's own sizes, and draw at random
+what the folder lacks.
+
+Shape letters: E vision width, P patches (class token included), C channels.
 """
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from megatron_kosmos.config import ConfigError, VisionConfig
+from megatron_kosmos.model import open_clip
 from megatron_kosmos.model.vision import clip_config
+from megatron_kosmos.prompt import IMAGE_MEAN, IMAGE_STD
+
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "model.safetensors"
+PREPROCESSING_FILE = "preprocessor_config.json"
 
 _FIELDS = {
     "width": "hidden_size",
@@ -33,37 +45,114 @@ _OTHER_PARTS = ("text_model.", "text_projection.", "visual_projection.", "logit_
 _ROW_NUMBERS = ".position_ids"
 """A buffer that older versions of transformers saved."""
 
+_UNREADABLE = (OSError, ValueError, TypeError, KeyError, AttributeError, SafetensorError, StrictDataclassError)
+"""What the libraries raise at damaged files and at configurations whose fields have wrong types."""
+
+_PATCHES, _POSITIONS = "embeddings.patch_embedding.weight", "embeddings.position_embedding.weight"
+
 
 def pretrained_vision(vision: VisionConfig, folder: Path) -> dict[str, Tensor]:
     """Return the fp32 weights of the CLIP vision tower in `folder` under the names of `CLIPVisionModel`.
 
-    Raises ConfigError, with what to do, where there is no such model, its sizes are others, or weights are missing.
+    They are for images with `prompt.IMAGE_MEAN` and `IMAGE_STD`; a folder that names others is translated. Raises
+    ConfigError, with what to do, where there is no such model, its sizes are others, or weights are missing.
     """
-    if not (folder / "config.json").is_file():
+    if not any((folder / name).is_file() for name in (CONFIG_FILE, open_clip.CONFIG_FILE)):
         raise ConfigError(
-            f"model.vision.pretrained={folder} is no folder of a transformers CLIP model: it has no config.json. "
-            f"Put config.json and model.safetensors there, or set it to null to start from random weights"
+            f"model.vision.pretrained={folder} is no folder of a CLIP model of transformers or open_clip: it has "
+            f"neither {CONFIG_FILE} nor {open_clip.CONFIG_FILE}. Put {CONFIG_FILE} and {WEIGHTS_FILE} there, or "
+            f"{open_clip.CONFIG_FILE} and {open_clip.WEIGHTS_FILE}, or set it to null to start from random weights"
         )
     try:
-        _check_sizes(vision, folder)
-        model, loading = CLIPVisionModel.from_pretrained(
-            folder,
-            dtype=torch.float32,
-            local_files_only=True,
-            use_safetensors=True,
-            ignore_mismatched_sizes=True,  # only to hear of all of them
-            output_loading_info=True,
-        )
-    except (OSError, SafetensorError) as error:
+        file = _open_clip_file(folder)
+        _check_sizes(vision, folder, file is not None)
+        weights, problems = _transformers_tower(folder) if file is None else _open_clip_tower(vision, file)
+        mean, std = _normalization(folder, file is not None)
+    except ConfigError:
+        raise
+    except _UNREADABLE as error:
         raise ConfigError(f"model.vision.pretrained={folder} can't be read: {error}") from error
-    problems = _problems(loading)
     if problems:
         raise ConfigError(
-            f"model.vision.pretrained={folder} does not hold the vision tower of its config.json; take the folder of a "
-            f"whole CLIP or CLIP vision model:\n  " + "\n  ".join(problems)
+            f"model.vision.pretrained={folder} does not hold the vision tower of its configuration; take the folder of "
+            f"a whole CLIP or CLIP vision model:\n  " + "\n  ".join(problems)
         )
-    weights: dict[str, Tensor] = model.state_dict()
+    if (mean, std) != (IMAGE_MEAN, IMAGE_STD):
+        _renormalize(weights, mean, std)
     return weights
+
+
+def _open_clip_file(folder: Path) -> Path | None:
+    """Return the file of the folder whose names are open_clip's, None where transformers' are to be read."""
+    if (folder / WEIGHTS_FILE).is_file():
+        with safe_open(folder / WEIGHTS_FILE, framework="pt") as weights:
+            has_visual = any(name.startswith(open_clip.TOWER) for name in weights.keys())  # noqa: SIM118
+        return folder / WEIGHTS_FILE if has_visual else None
+    return folder / open_clip.WEIGHTS_FILE if (folder / open_clip.WEIGHTS_FILE).is_file() else None
+
+
+def _open_clip_tower(vision: VisionConfig, file: Path) -> tuple[dict[str, Tensor], list[str]]:
+    """Return the tower's weights, and what of it is missing, left over or of another shape."""
+    weights = {name: tensor.float() for name, tensor in open_clip.tower_weights(load_file(file)).items()}
+    with torch.device("meta"):
+        expected = {name: one.shape for name, one in CLIPVisionModel(clip_config(vision)).named_parameters()}
+    shared = sorted(expected.keys() & weights.keys())
+    loading = {
+        "missing_keys": expected.keys() - weights.keys(),
+        "unexpected_keys": weights.keys() - expected.keys(),
+        "mismatched_keys": [
+            (name, weights[name].shape, expected[name]) for name in shared if weights[name].shape != expected[name]
+        ],
+    }
+    return weights, _problems(loading)
+
+
+def _transformers_tower(folder: Path) -> tuple[dict[str, Tensor], list[str]]:
+    """Return the tower's weights, and what of it is missing, left over or of another shape."""
+    model, loading = CLIPVisionModel.from_pretrained(
+        folder,
+        dtype=torch.float32,
+        local_files_only=True,
+        use_safetensors=True,
+        ignore_mismatched_sizes=True,  # only to hear of all of them
+        output_loading_info=True,
+    )
+    return model.state_dict(), _problems(loading)
+
+
+def _normalization(folder: Path, is_open_clip: bool) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return the mean and standard deviation [C] of the images that the folder's model was trained on.
+
+    Without a word of it they are CLIP's. laion's ViT-L/14 of laion2B, for one, has 0.5 everywhere.
+    """
+    files = {PREPROCESSING_FILE: ("image_mean", "image_std"), open_clip.CONFIG_FILE: ("mean", "std")}
+    first = open_clip.CONFIG_FILE if is_open_clip else PREPROCESSING_FILE
+    for name in sorted(files, key=lambda name: name != first):
+        if not (folder / name).is_file():
+            continue
+        settings = json.loads((folder / name).read_text(encoding="utf-8"))
+        settings = settings.get("preprocess_cfg", {}) if name == open_clip.CONFIG_FILE else settings
+        found = [settings.get(key, clip) for key, clip in zip(files[name], (IMAGE_MEAN, IMAGE_STD), strict=True)]
+        mean, std = (tuple(float(value) for value in values) for values in found)
+        if len(mean) != len(IMAGE_MEAN) or len(std) != len(IMAGE_STD) or min(std) <= 0:
+            raise ValueError(f"{name} must give {' and '.join(files[name])} of three channels, not {found}")
+        return mean, std
+    return IMAGE_MEAN, IMAGE_STD
+
+
+def _renormalize(weights: dict[str, Tensor], mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+    """Make weights for images normalized by `mean` and `std` [C] into those for ours, with the same features.
+
+    A pixel x is (x − mean) / std there and y = (x − IMAGE_MEAN) / IMAGE_STD here, so y is scaled, which the patch
+    embedding does, and shifted. The shift is the same in every patch: it goes into the positions of all but the class.
+    """
+    theirs, ours = (torch.tensor(one, dtype=torch.float64) for one in ((mean, std), (IMAGE_MEAN, IMAGE_STD)))
+    kernel_ECSS = weights[_PATCHES].double()
+    shift_C = (ours[0] - theirs[0]) / theirs[1]
+    positions_PE = weights[_POSITIONS].double()
+    positions_PE[1:] += torch.einsum("ecij,c->e", kernel_ECSS, shift_C)
+    weights[_POSITIONS] = positions_PE.float()
+    weights[_PATCHES] = (kernel_ECSS * (ours[1] / theirs[1])[:, None, None]).float()
 
 
 def _problems(loading: Mapping[str, Any]) -> list[str]:
@@ -80,9 +169,12 @@ def _problems(loading: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _check_sizes(vision: VisionConfig, folder: Path) -> None:
+def _check_sizes(vision: VisionConfig, folder: Path, is_open_clip: bool) -> None:
     """Compare the folder's configuration with ours, activation included: a wrong one would go unnoticed for long."""
-    theirs = CLIPVisionConfig.from_pretrained(folder, local_files_only=True)
+    if (folder / CONFIG_FILE).is_file() and not (is_open_clip and (folder / open_clip.CONFIG_FILE).is_file()):
+        theirs = CLIPVisionConfig.from_pretrained(folder, local_files_only=True)
+    else:
+        theirs = open_clip.tower_config(folder)
     ours = clip_config(vision)
     differing = [
         f"model.vision.{field}={getattr(ours, name)}, the folder has {getattr(theirs, name)}"

@@ -1,13 +1,16 @@
 """Starting the vision tower from a CLIP folder, in every way that transformers writes one, and refusing others."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import CLIPConfig, CLIPModel, CLIPVisionModel
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from megatron_kosmos.config import ConfigError, RunConfig, VisionConfig
 from megatron_kosmos.engine.builder import build_chunks, derive_transformer_config
@@ -15,6 +18,7 @@ from megatron_kosmos.model.initialization import initialize
 from megatron_kosmos.model.pretrained_vision import pretrained_vision
 from megatron_kosmos.model.vision import clip_config
 from megatron_kosmos.parallel.topology import build_topology
+from megatron_kosmos.prompt import IMAGE_MEAN, IMAGE_STD
 from tests.distributed.harness import run_ranks
 from tests.distributed.tiny import tiny_run
 
@@ -149,10 +153,61 @@ def test_pickled_weights_are_not_read(folder: Path) -> None:
         pretrained_vision(VISION, folder)
 
 
+@pytest.mark.parametrize(
+    "content", ['{"hidden_size": "wide"}', '{"vision_config": 3}', "[1]", '{"hidden_size": null}'], ids=str
+)
+def test_a_configuration_with_wrong_types_is_refused_in_words(content: str, folder: Path) -> None:
+    (folder / "config.json").write_text(content)
+    with pytest.raises(ConfigError, match=r"vision\.pretrained=.*clip can't be read"):
+        pretrained_vision(VISION, folder)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"image_std": [1, 0, 1]}, {"image_mean": 0.5}, {"image_mean": [0.5]}, {"image_std": ["a"] * 3}],
+    ids=str,
+)
+def test_a_normalization_that_is_none_is_refused(settings: dict[str, Any], folder: Path) -> None:
+    (folder / "preprocessor_config.json").write_text(json.dumps(settings))
+    with pytest.raises(ConfigError, match=r"vision\.pretrained=.*clip can't be read"):
+        pretrained_vision(VISION, folder)
+
+
+def features(weights: dict[str, Tensor], images: Tensor) -> Tensor:
+    tower = CLIPVisionModel(clip_config(VISION)).eval()
+    tower.load_state_dict(weights)
+    with torch.no_grad():
+        hidden: Tensor = tower(images).last_hidden_state
+    return hidden
+
+
+@pytest.mark.parametrize("mean, std", [((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)), ((0.0, 0.1, 0.2), (1.0, 2.0, 0.25))])
+def test_a_tower_for_images_normalized_otherwise_sees_the_same(
+    mean: tuple[float, ...], std: tuple[float, ...], folder: Path
+) -> None:
+    """laion's ViT-L/14 was trained with mean and standard deviation 0.5, and says so beside its weights."""
+    settings = CLIPImageProcessorPil(image_mean=list(mean), image_std=list(std))
+    settings.save_pretrained(folder)
+    pixels = torch.rand(2, 3, VISION.image_size, VISION.image_size, generator=torch.Generator().manual_seed(3))
+    theirs, ours = (
+        (pixels - torch.tensor(one)[:, None, None]) / torch.tensor(other)[:, None, None]
+        for one, other in ((mean, std), (IMAGE_MEAN, IMAGE_STD))
+    )
+    expected = features(random_tower().state_dict(), theirs)
+    torch.testing.assert_close(features(pretrained_vision(VISION, folder), ours), expected, atol=2e-4, rtol=2e-4)
+    assert (features(random_tower().state_dict(), ours) - expected).abs().max() > 0.1
+
+
+def test_clip_s_own_normalization_changes_no_bit(folder: Path) -> None:
+    CLIPImageProcessorPil().save_pretrained(folder)
+    weights = pretrained_vision(VISION, folder)
+    assert all(torch.equal(weights[name], tensor) for name, tensor in random_tower().state_dict().items())
+
+
 @pytest.mark.parametrize("exists", [True, False])
 def test_a_folder_without_a_model_is_refused(tmp_path: Path, exists: bool) -> None:
     folder = tmp_path / "nothing"
     if exists:
         folder.mkdir()
-    with pytest.raises(ConfigError, match=r"nothing is no folder of a transformers CLIP model: .* null to start"):
+    with pytest.raises(ConfigError, match=r"nothing is no folder of a CLIP model of .* null to start"):
         pretrained_vision(VISION, folder)
