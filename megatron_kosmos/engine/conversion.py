@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 logger = logging.getLogger(__name__)
 
 MAX_ABS_LOGIT_DIFF = 1e-4
@@ -50,21 +52,37 @@ class ConversionReport:
         (folder / REPORT_FILE).write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
 
 
-def refuse_existing(output: Path, overwrite: bool) -> None:
-    """Raise ConversionError where `output` is there and is not to be replaced."""
+def refuse_existing(output: Path, overwrite: bool, *inputs: Path) -> None:
+    """Raise ConversionError where `output` is there and is not to be replaced, or cannot be: it has an input in it."""
+    if output.is_symlink():
+        raise ConversionError(f"{output} is a link; name the folder that it leads to, or remove it")
     if output.exists() and not overwrite:
         raise ConversionError(f"{output} exists; choose another folder or pass --overwrite")
+    if output.exists() and not output.is_dir():
+        raise ConversionError(f"{output} is a file; choose another name for the folder to make")
+    place = output.resolve()
+    for one in inputs:
+        if place == one.resolve() or place in one.resolve().parents:
+            raise ConversionError(f"{output} is or has in it {one}, which is to be converted; choose another folder")
 
 
 @contextmanager
-def new_folder(output: Path) -> Iterator[Path]:
-    """Give a folder to write to, beside `output`; it takes that name at the end, unless something was raised."""
-    writing = output.absolute().with_name(f".{output.name}.writing")
+def new_folder(output: Path, overwrite: bool) -> Iterator[Path]:
+    """Give a folder to write to, beside `output`; it takes that name at the end, unless something was raised.
+
+    Raises ConversionError where something has come to be there meanwhile, unless it is to be replaced, and for a disk
+    that takes no more.
+    """
+    output = output.absolute()
+    writing = output.with_name(f".{output.name}.writing")
     shutil.rmtree(writing, ignore_errors=True)
     writing.mkdir(parents=True)
     try:
         yield writing
+        refuse_existing(output, overwrite)
         _put_in_place(writing, output)
+    except SafetensorError as error:  # that library's name for a full disk, too
+        raise ConversionError(f"writing {output} failed, so nothing was put in place: {error}") from error
     finally:
         shutil.rmtree(writing, ignore_errors=True)
 
@@ -75,6 +93,8 @@ def _put_in_place(writing: Path, output: Path) -> None:
         writing.rename(output)
         return
     replaced = writing.with_suffix(".replaced")
+    if replaced.exists():  # by a conversion that was killed; what it was to be replaced with has been made since
+        shutil.rmtree(replaced)
     output.rename(replaced)
     writing.rename(output)
     shutil.rmtree(replaced)

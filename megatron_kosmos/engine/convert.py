@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
@@ -57,13 +58,15 @@ def to_hf(source: Path, output: Path, options: ExportOptions = ExportOptions()) 
     already, models that differ), FormatError (a model that the format cannot hold), NameMapError (tensors that don't
     fit), CheckpointError and DataError.
     """
-    refuse_existing(output, options.overwrite)
+    refuse_existing(output, options.overwrite, source)
     folder = find_checkpoint(source)
     state = read_state(folder)
     run = parse_config(state["config"], f"{folder}/state.json")
     load_tokenizer = stock_tokenizer if options.format == "kosmos2" else training_tokenizer
-    tokenizer = load_tokenizer(_find_tokenizer(options.tokenizer or run.data.tokenizer, run))
-    with new_folder(output) as writing:
+    tokenizer_folder = options.tokenizer or run.data.tokenizer
+    refuse_existing(output, options.overwrite, folder, tokenizer_folder)
+    tokenizer = load_tokenizer(_find_tokenizer(tokenizer_folder, run))
+    with new_folder(output, options.overwrite) as writing:
         report = _Export(folder, run, writing, options).write(tokenizer)
         report.check()
     return report
@@ -147,14 +150,18 @@ class _Export:
 
 
 def last_metrics(path: Path, step: int) -> dict[str, Any]:
-    """Return the latest value of every metric that `path` has up to `step`; empty if there is no such file."""
+    """Return the latest value of every metric that `path` has up to `step`; empty if there is no such file.
+
+    A line that is none, such as the last one of a run that was killed, is passed over.
+    """
     latest: dict[str, Any] = {}
     if path.is_file():
-        with path.open(encoding="utf-8") as lines:
+        with path.open(encoding="utf-8", errors="replace") as lines:
             for line in lines:
-                values = json.loads(line)
-                if values["step"] <= step:
-                    latest |= {name: value for name, value in values.items() if value is not None}
+                with suppress(ValueError, KeyError, TypeError):
+                    values = json.loads(line)
+                    if values["step"] <= step:
+                        latest |= {name: value for name, value in values.items() if value is not None}
     return latest
 
 

@@ -1,7 +1,7 @@
 """From a folder of transformers, an own export or a stock Kosmos-2, to a run that training starts from."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +12,13 @@ from megatron_kosmos import __version__
 from megatron_kosmos.checkpoint.load import StoredTensors
 from megatron_kosmos.config import save_config
 from megatron_kosmos.engine.checkpointing import MODEL_PREFIX
-from megatron_kosmos.engine.conversion import MAX_ABS_LOGIT_DIFF, ConversionReport, new_folder, refuse_existing
+from megatron_kosmos.engine.conversion import (
+    MAX_ABS_LOGIT_DIFF,
+    ConversionError,
+    ConversionReport,
+    new_folder,
+    refuse_existing,
+)
 from megatron_kosmos.engine.imported_run import CONFIG_FILE, run_of, take_tokenizer, write_initial_checkpoint
 from megatron_kosmos.engine.verify_conversion import hf_logits, largest_difference, training_logits
 from megatron_kosmos.hf.folder_weights import FolderWeights
@@ -23,6 +29,7 @@ logger = logging.getLogger(__name__)
 
 BUFFER = ".position_ids"
 """What older versions of transformers saved beside the weights: row numbers."""
+PRECISIONS = ("F64", "F32", "F16", "BF16")
 EMBEDDING, OUTPUT = "text_model.model.embed_tokens.weight", "text_model.lm_head.weight"
 
 
@@ -45,13 +52,14 @@ def from_hf(source: Path, output: Path, options: ImportOptions = ImportOptions()
     FormatError (a Kosmos-2 that can't be trained here), NameMapError (tensors that don't fit), ConversionError (output
     there already, another network than in `options.config`, models that differ), ConfigError and DataError.
     """
-    refuse_existing(output, options.overwrite)
+    refuse_existing(output, options.overwrite, source)
     config, weights = read_config(source), FolderWeights(source)
     run = run_of(model_settings(config), output, options.config)
     table = table_of(config, run.model.decoder.padded_vocab_size)
     expected = {name: shape for entry in table for name, shape in zip(entry.hf_names, entry.hf_shapes, strict=True)}
     check_names(expected, _without_surplus(weights, run.model.decoder.tie_embeddings), str(source))
-    with new_folder(output) as writing:
+    _check_precision({name: weights.dtypes[name] for name in expected}, source)
+    with new_folder(output, options.overwrite) as writing:
         checkpoint = write_initial_checkpoint(writing, run, _joined(table, weights))
         save_config(run, writing / CONFIG_FILE)
         if options.config is None:
@@ -75,6 +83,16 @@ def from_hf(source: Path, output: Path, options: ImportOptions = ImportOptions()
         report.check()
         report.write(writing)
     return report
+
+
+def _check_precision(dtypes: Mapping[str, str], source: Path) -> None:
+    """Raise ConversionError for quantized weights: their numbers mean something with their scales alone."""
+    quantized = [f"{name} is {dtype}" for name, dtype in dtypes.items() if dtype not in PRECISIONS]
+    if quantized:
+        raise ConversionError(
+            f"{source} has weights that are none of {', '.join(PRECISIONS)}; save them dequantized:\n  "
+            + "\n  ".join(quantized)
+        )
 
 
 def _without_surplus(weights: FolderWeights, is_tied: bool) -> dict[str, Shape]:

@@ -50,16 +50,16 @@ def from_torchscale(source: Path, output: Path, options: TorchscaleOptions) -> C
     Only tensors are read from the file, never objects. Raises ConversionError (no such file, another network than in
     `options.config`, models that differ, output there already), NameMapError (tensors that don't fit), ConfigError.
     """
-    refuse_existing(output, options.overwrite)
+    refuse_existing(output, options.overwrite, source)
     run = load_config(options.config).model_copy(update={"run_dir": output})
     _check_settings(run, options)
     tensors = normalized(_read_state_dict(source), run.model.decoder.tie_embeddings)
     table = name_table(kosmos_config(run.model, None), run.model.decoder.padded_vocab_size)
-    num_frames = len(tensors[FRAMES]) if FRAMES in tensors else 1
+    num_frames = len(tensors[FRAMES]) if FRAMES in tensors and tensors[FRAMES].dim() else 1
     expected = {place.name: place.shape for entry in table for place in places(entry, num_frames)}
     found: dict[str, Shape] = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     check_names(expected, found, str(source))
-    with new_folder(output) as writing:
+    with new_folder(output, options.overwrite) as writing:
         checkpoint = write_initial_checkpoint(writing, run, _joined(table, tensors, num_frames))
         save_config(run, writing / CONFIG_FILE)
         stored = StoredTensors(checkpoint)
@@ -115,7 +115,8 @@ def _read_state_dict(path: Path) -> dict[str, Tensor]:
             f"{path} is not a file of tensors alone, so it is not read: {str(error).splitlines()[0]}. "
             f"Save model.state_dict() with torch.save"
         ) from error
-    if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
+    is_named = isinstance(state, dict) and all(isinstance(name, str) for name in state)
+    if not is_named or not all(isinstance(tensor, Tensor) for tensor in state.values()):
         raise ConversionError(f"{path} holds more than tensors by name; save model.state_dict() alone")
     return state
 

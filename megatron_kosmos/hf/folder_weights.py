@@ -25,12 +25,18 @@ class FolderWeights:
         self.folder = folder
         self.shapes: dict[str, tuple[int, ...]] = {}
         """Each tensor's shape by its name."""
+        self.dtypes: dict[str, str] = {}
+        """What safetensors calls each tensor's dtype."""
         self._files: dict[str, Path] = {}
         for path in _weight_files(folder):
             try:
                 with safe_open(path, framework="pt") as file:
                     for name in file.keys():  # noqa: SIM118 - not a mapping
-                        self.shapes[name] = tuple(file.get_slice(name).get_shape())
+                        if name in self._files:
+                            others = f"{self._files[name].name} and in {path.name}"
+                            raise FolderError(f"{name} is in {others} of {folder}: remove the file that is out of date")
+                        stored = file.get_slice(name)
+                        self.shapes[name], self.dtypes[name] = tuple(stored.get_shape()), stored.get_dtype()
                         self._files[name] = path
             except (OSError, SafetensorError) as error:
                 raise FolderError(f"{path} cannot be read: {error}") from error
@@ -46,11 +52,13 @@ class FolderWeights:
 def _weight_files(folder: Path) -> list[Path]:
     index = folder / INDEX_FILE
     if index.is_file():
+        if (folder / SINGLE_FILE).is_file():
+            raise FolderError(f"{folder} has both {SINGLE_FILE} and {INDEX_FILE}: remove what is out of date")
         try:
             names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError) as error:
+            missing = [name for name in names if not (folder / name).is_file()]
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise FolderError(f"{index} is not an index of safetensors files: {error}") from error
-        missing = [name for name in names if not (folder / name).is_file()]
         if missing:
             raise FolderError(f"{folder} lacks {', '.join(missing)}, which its {INDEX_FILE} names; copy them there")
         return [folder / name for name in names]

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import Kosmos2Config, Kosmos2ForConditionalGeneration, PreTrainedModel
 
 from megatron_kosmos.hf.configuration_kosmos import KosmosConfig
@@ -53,7 +54,10 @@ def read_config(folder: Path) -> HFConfig:
     }
     if kind not in known:
         raise FolderError(f"{path} says model_type={kind!r}; {' and '.join(known)} can be converted")
-    config: HFConfig = known[kind].from_pretrained(folder, local_files_only=True)
+    try:
+        config: HFConfig = known[kind].from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, TypeError, AttributeError, StrictDataclassError) as error:
+        raise FolderError(f"{path} is not a configuration of transformers: {type(error).__name__}: {error}") from error
     return config
 
 

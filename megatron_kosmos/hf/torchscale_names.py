@@ -9,14 +9,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from megatron_kosmos.config import DecoderConfig
-from megatron_kosmos.hf.name_map import Entry, Shape
+from megatron_kosmos.hf.name_map import Entry, NameMapError, Shape
 
 FIRST_ROW = 2
 """Row of torchscale's position embedding that the first token takes."""
 DECODER, TOWER, RESAMPLER = "decoder.", "clip_model.", "perceive."
+EMBEDDING = "decoder.embed_tokens.weight"
 POSITIONS, FRAMES, OUTPUT = (
     "decoder.embed_positions.weight",
     "perceive.media_pos_emb",
@@ -42,7 +44,7 @@ _PERCEIVER_LAYER = {
     "ffn.fc2": "1.3",
 }
 _TWICE = {
-    "embed.weight": "decoder.embed_tokens.weight",
+    "embed.weight": EMBEDDING,
     "embed_positions.weight": POSITIONS,
     "output_projection.weight": OUTPUT,
 }
@@ -126,7 +128,8 @@ def normalized(state: Mapping[str, Tensor], is_tied: bool) -> dict[str, Tensor]:
     """Return a state dict with each tensor under one name.
 
     Takes the decoder's names with and without `decoder.`, and CLIP's with and without `vision_model.`; leaves out
-    buffers, and copies of what the decoder has too.
+    buffers, and copies of what the decoder has too. Raises NameMapError where copies differ: then it is not known
+    which of them the model computes with.
     """
     tensors: dict[str, Tensor] = {}
     has_prefix = any(name.startswith(DECODER) for name in state)
@@ -136,12 +139,16 @@ def normalized(state: Mapping[str, Tensor], is_tied: bool) -> dict[str, Tensor]:
         if not has_prefix and name.startswith(("layers.", "layer_norm.", "embed_tokens.")):
             name = DECODER + name  # noqa: PLW2901
         tensors[name.replace(f"{TOWER}vision_model.", TOWER)] = tensor
-    for copy, original in _TWICE.items():
-        if copy in tensors:
-            tensor = tensors.pop(copy)
-            tensors.setdefault(original, tensor)
-    if is_tied:
-        tensors.pop(OUTPUT, None)
+    copies = _TWICE | ({OUTPUT: EMBEDDING} if is_tied else {})
+    differing = []
+    for copy, original in copies.items():
+        if copy not in tensors:
+            continue
+        tensor = tensors.pop(copy)
+        if not torch.equal(tensor, tensors.setdefault(original, tensor)):
+            differing.append(f"{copy} is not {original}, of which it is a copy in this model")
+    if differing:
+        raise NameMapError("the state dict has two of a kind:\n  " + "\n  ".join(differing))
     return tensors
 
 

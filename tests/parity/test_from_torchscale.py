@@ -130,7 +130,7 @@ def test_everything_that_does_not_fit_is_listed(tmp_path: Path) -> None:
 
     def change(state: dict[str, Tensor]) -> dict[str, Tensor]:
         state["perceive.layers.0.0.to_v.weight"] = state.pop("perceive.layers.0.0.to_kv.weight")
-        state["decoder.embed_positions.weight"] = state["decoder.embed_positions.weight"][:-2].clone()
+        state["decoder.embed_positions.weight"] = state.pop("embed_positions.weight")[:-2].clone()
         return state
 
     rewrite(source, change)
@@ -143,6 +143,22 @@ def test_everything_that_does_not_fit_is_listed(tmp_path: Path) -> None:
     ):
         assert problem in str(caught.value)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("variant", "copy", "original"),
+    [
+        ("kosmos_x", "embed.weight", "decoder.embed_tokens.weight"),
+        ("kosmos_x", "decoder.output_projection.weight", None),
+        ("tied", "decoder.output_projection.weight", "decoder.embed_tokens.weight"),
+    ],
+)
+def test_copies_that_differ_are_refused(variant: str, copy: str, original: str | None, tmp_path: Path) -> None:
+    """Also a tied output that is not the embedding: then the settings are another model's. Untied it is a copy, too."""
+    source, options, _ = made(tmp_path, variant)
+    rewrite(source, lambda state: state | {copy: state[copy] + 1})
+    with pytest.raises(NameMapError, match=rf"{copy} is not {original}" if original else "output_projection"):
+        from_torchscale(source, tmp_path / "out", options)
 
 
 def test_other_settings_are_refused_by_field(tmp_path: Path) -> None:
@@ -167,7 +183,9 @@ class Trap:
         return os.system, ("touch trap_was_sprung",)
 
 
-@pytest.mark.parametrize("content", [{"decoder": Trap()}, b"no file of torch", {"model": {"decoder.a": torch.ones(1)}}])
+@pytest.mark.parametrize(
+    "content", [{"decoder": Trap()}, b"no file of torch", {"model": {"decoder.a": torch.ones(1)}}, {7: torch.ones(1)}]
+)
 def test_files_that_hold_more_than_tensors_are_refused(
     content: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

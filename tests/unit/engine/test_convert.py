@@ -225,6 +225,16 @@ def test_verification_shows_as_many_images_as_fit(longest: int, images: int) -> 
 def test_last_metrics_end_at_the_step(run_dir: Path, tmp_path: Path) -> None:
     assert last_metrics(run_dir / "metrics.jsonl", 7) == {"step": 7, "loss": 3.125, "heldout_loss_text": 3.25}
     assert last_metrics(tmp_path / "none.jsonl", 7) == {}
+    lines = (
+        b'{"step": 7, "loss": 3.0}',
+        b"[]",
+        b'{"loss": 1}',
+        b"\xff",
+        b'{"step": 7, "grad_norm": 2.0}',
+        b'{"step": 7, "l',
+    )
+    (tmp_path / "cut.jsonl").write_bytes(b"\n".join(lines))
+    assert last_metrics(tmp_path / "cut.jsonl", 7) == {"step": 7, "loss": 3.0, "grad_norm": 2.0}
 
 
 def test_the_command_reports_and_fails_in_words(run_dir: Path, tmp_path: Path) -> None:

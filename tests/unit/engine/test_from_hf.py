@@ -2,6 +2,7 @@
 
 import json
 import logging
+import resource
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +27,7 @@ from megatron_kosmos.hf.folder_weights import FolderError
 from megatron_kosmos.hf.name_map import NameMapError
 from tests.distributed.presets import shrunk
 from tests.distributed.tiny import tiny_run
+from tests.unit.checkpoint.test_save import run_in_child
 from tests.unit.data.tokenization.foreign_tokenizers import falcon_like
 from tests.unit.hf.checkpoints import trained_run
 
@@ -157,53 +159,11 @@ def test_differing_names_and_shapes_are_all_listed(source: Path, tmp_path: Path)
     assert not (tmp_path / "run").exists()
 
 
-def _no_config(folder: Path) -> None:
-    (folder / "config.json").unlink()
-
-
-def _broken_config(folder: Path) -> None:
-    (folder / "config.json").write_text("{")
-
-
-def _another_architecture(folder: Path) -> None:
-    (folder / "config.json").write_text('{"model_type": "llama"}')
-
-
-def _pickled(folder: Path) -> None:
-    torch.save(load_file(folder / WEIGHTS), folder / "pytorch_model.bin")
-    (folder / WEIGHTS).unlink()
-
-
-def _nothing(folder: Path) -> None:
-    (folder / WEIGHTS).unlink()
-
-
-def _truncated(folder: Path) -> None:
-    (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:-100])
-
-
-def _lost_shard(folder: Path) -> None:
-    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-1.safetensors"}}')
-
-
-@pytest.mark.parametrize(
-    ("damage", "problem"),
-    [
-        (shutil.rmtree, "is not a folder"),
-        (_no_config, r"has no config\.json"),
-        (_broken_config, "is not a configuration of transformers"),
-        (_another_architecture, "model_type='llama'; megatron_kosmos and kosmos-2 can be converted"),
-        (_pickled, r"has its weights in pytorch_model\.bin: pickled files .* Save them as safetensors"),
-        (_nothing, r"has neither model\.safetensors nor"),
-        (_truncated, "cannot be read"),
-        (_lost_shard, r"lacks model-1\.safetensors"),
-    ],
-)
-def test_what_is_no_model_is_refused(
-    damage: Callable[[Path], None], problem: str, source: Path, tmp_path: Path
-) -> None:
-    damage(source)
-    with pytest.raises(FolderError, match=problem):
+def test_what_is_no_model_is_refused(source: Path, tmp_path: Path) -> None:
+    """tests/unit/hf/test_folder_weights.py has all that is refused."""
+    torch.save(load_file(source / WEIGHTS), source / "pytorch_model.bin")
+    (source / WEIGHTS).unlink()
+    with pytest.raises(FolderError, match=r"has its weights in pytorch_model\.bin: pickled files"):
         from_hf(source, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
@@ -235,6 +195,27 @@ def test_weights_in_half_precision_become_fp32_masters(source: Path, tmp_path: P
     to_hf(tmp_path / "run", tmp_path / "again", ExportOptions(verify=False))
     found = weights_of(tmp_path / "again")
     assert all(torch.equal(found[name], tensor.float()) for name, tensor in weights_of(source).items())
+
+
+def test_quantized_weights_are_refused(source: Path, tmp_path: Path) -> None:
+    def quantize(tensors: dict[str, Tensor]) -> None:
+        tensors["resampler.latents"] = tensors["resampler.latents"].mul(100).to(torch.int8)
+
+    rewrite(source, quantize)
+    with pytest.raises(ConversionError, match=r"none of F64, F32, F16, BF16; .*\n  resampler\.latents is I8"):
+        from_hf(source, tmp_path / "run")
+
+
+def test_a_full_disk_ends_every_conversion_in_words(exported: Path, tmp_path: Path) -> None:
+    def fill_the_disk() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
+        with pytest.raises(ConversionError, match=r"writing .*run failed, so nothing was put in place: .*too large"):
+            from_hf(exported, tmp_path / "run", ImportOptions(verify=False))
+        with pytest.raises(ConversionError, match=r"writing .*hf failed, so nothing was put in place: .*too large"):
+            to_hf(exported.parent / "run", tmp_path / "hf", ExportOptions(verify=False))
+
+    assert run_in_child(fill_the_disk) == 0
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_command_makes_a_run_and_says_when_no_tokenizer_came(
