@@ -117,7 +117,10 @@ class BackgroundSaver:
         self._thread.shutdown()
         if self._saving is not None:
             failure = _failure(self._saving)
-            logger.info("%s", f"saved {self._saving.result()}" if failure is None else failure)
+            if failure is None:
+                logger.info("saved %s", self._saving.result())
+            else:
+                logger.error("%s", failure)
 
 
 def _failure(saving: "Future[Path]") -> str | None:

@@ -108,6 +108,8 @@ def _write_share(folder: Path, share: Share, tensors: Mapping[str, Tensor]) -> d
     """Write a rank's file to the disk and return its record. Other threads run on meanwhile."""
     if not tensors:
         return {}
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} was made by rank 0 but is not here: share the run folder between the machines")
     path = folder / share.file_name
     places = {name: {"saved_offsets": list(share.offsets[name])} for name in tensors}
     save_file(dict(tensors), path, metadata={SHARDING: json.dumps(places), "DCP_VERSION": "1.0", "format": "pt"})

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from megatron_kosmos import __version__
 from megatron_kosmos.checkpoint.background import BackgroundSaver
-from megatron_kosmos.checkpoint.folders import complete_folder
+from megatron_kosmos.checkpoint.errors import CheckpointError
+from megatron_kosmos.checkpoint.folders import complete_folder, finished_steps
 from megatron_kosmos.checkpoint.load import find_latest, load_checkpoint, read_state, read_tensor_names
 from megatron_kosmos.checkpoint.mesh import CheckpointMesh
 from megatron_kosmos.checkpoint.save import Retention
@@ -76,8 +77,20 @@ class CheckpointStore:
         self.mesh = CheckpointMesh(topology.tp_rank, topology.tp_size, group)
 
     def latest(self) -> Path | None:
-        """Return the newest checkpoint that is whole, None where there is none."""
-        return find_latest(self.root, self.mesh)
+        """Return the newest checkpoint that is whole, None where there is none at all.
+
+        Raises CheckpointError on every rank alike where there are some and all are damaged: to start from the beginning
+        would end in the same folder, over what may still be mended.
+        """
+        newest = find_latest(self.root, self.mesh)
+        (steps, *_) = self.mesh.agree(f"listing {self.root}", lambda: finished_steps(self.root))
+        if newest is None and steps:
+            listed = ", ".join(map(str, steps))
+            raise CheckpointError(
+                f"no checkpoint in {self.root} is whole (steps {listed}), and the run is not begun again over them: "
+                f"restore one, or move the folder away to start from the beginning"
+            )
+        return newest
 
     def saver(self, stage: Stage) -> "StageSaver":
         """Plan how `stage` is saved, and allocate the memory that it is copied to."""

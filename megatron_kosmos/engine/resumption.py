@@ -13,8 +13,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from megatron_kosmos.checkpoint.errors import CheckpointError
-from megatron_kosmos.config import RunConfig
+from megatron_kosmos.config import ModelConfig, RunConfig
 from megatron_kosmos.config.data import data_step
 
 _NOT_ARCHITECTURE = (
@@ -120,10 +122,18 @@ def _skipped_before(step: int, skip_steps: Sequence[Sequence[int]]) -> list[list
 
 def _check_architecture(folder: Path, state: Mapping[str, Any], run: RunConfig) -> None:
     """Refuse a checkpoint of another network, naming the fields that differ."""
-    fields = differing_fields(state["config"]["model"], run.model_dump(mode="json")["model"])
+    fields = differing_fields(_with_defaults(state["config"]["model"]), run.model_dump(mode="json")["model"])
     if fields:
         lines = [f"{name}: {saved} in the checkpoint, {now} now" for name, saved, now in fields]
         raise CheckpointError(f"{folder} holds another model:\n  " + "\n  ".join(lines))
+
+
+def _with_defaults(model: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a checkpoint's section `model` with the fields that the version which saved it did not have."""
+    try:
+        return ModelConfig.model_validate(model).model_dump(mode="json")
+    except ValidationError:  # of another version altogether: what differs is told as it stands there
+        return model
 
 
 def differing_fields(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[tuple[str, str, str]]:

@@ -1,5 +1,6 @@
 """Saving beside the training: no rank waits for the disk, all hear of the end, and of a failure, at the same step."""
 
+import logging
 import os
 import resource
 import signal
@@ -11,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_kosmos.checkpoint import background
 from megatron_kosmos.checkpoint.background import BackgroundSaver
 from megatron_kosmos.checkpoint.errors import CheckpointError
 from megatron_kosmos.checkpoint.folders import complete_folder
@@ -157,6 +159,25 @@ def leave_amid_a_save(root: Path, step: int, dies: bool) -> None:
         pass
     finally:
         saver.close()
+
+
+def fail_amid_a_save_without_room(root: Path) -> list[str]:
+    """Return what is logged as an error where the training fails while a save does, too."""
+    told: list[str] = []
+    handler = logging.Handler(logging.ERROR)
+    handler.emit = lambda record: told.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger(background.__name__).addHandler(handler)
+    saver = saver_in(root)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, resource.RLIM_INFINITY))
+    saver.save(1, tensors(1), {"step": 1})
+    saver.close()
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    return told
+
+
+def test_a_save_that_fails_beside_the_training_is_told_as_an_error(tmp_path: Path) -> None:
+    for (message,) in run_ranks(fail_amid_a_save_without_room, 2, tmp_path):
+        assert "step_00000001 failed on rank 0, 1: " in message
 
 
 def test_what_is_under_way_is_finished_after_an_error(tmp_path: Path) -> None:

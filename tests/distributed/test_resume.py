@@ -71,6 +71,15 @@ def test_resumed_run_is_the_undisturbed_run(layout: str, tmp_path: Path) -> None
     assert resumed == undisturbed[3:]
 
 
+def test_a_run_is_not_begun_again_over_damaged_checkpoints(tmp_path: Path) -> None:
+    run_ranks(train_rank, 2, tiny_run(), tmp_path, 1, 1)
+    (complete_folder(tmp_path, 1) / STATE_FILE).unlink()
+    with pytest.raises(RankFailure) as failure:
+        run_ranks(train_rank, 2, tiny_run(), tmp_path, 2, None)
+    assert "is whole (steps 1), and the run is not begun again over them: restore one" in str(failure.value)
+    assert complete_folder(tmp_path, 1).is_dir()
+
+
 @pytest.mark.parametrize(("field", "value"), [("seed", 2), ("global_batch_size", 4)])
 def test_another_order_of_the_data_is_refused(field: str, value: int, tmp_path: Path) -> None:
     run_ranks(train_rank, 1, tiny_run(), tmp_path, 1, 1)

@@ -5,6 +5,7 @@ import shutil
 import signal
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -51,7 +52,7 @@ def is_killed_before(number: int, function: Callable[[], object]) -> bool:
 
 
 def test_a_kill_between_any_two_operations_leaves_whole_checkpoints(tmp_path: Path) -> None:
-    """Saved, named, pointed to and pruned in an order that no kill can turn into a folder that is named but not whole."""
+    """In whatever it does, writing, naming, pointing, pruning, no folder has a checkpoint's name and is not whole."""
     for step in (1, 2):
         save(tmp_path / "before", step, keep_last=2)
     save(tmp_path / "elsewhere", 3, keep_last=1)  # what is imported late is imported here
@@ -59,11 +60,12 @@ def test_a_kill_between_any_two_operations_leaves_whole_checkpoints(tmp_path: Pa
     for number in range(1000):
         root = tmp_path / f"killed_{number}"
         shutil.copytree(tmp_path / "before", root)
-        is_killed = is_killed_before(number, lambda root=root: save(root, 3, keep_last=1))
+        is_killed = is_killed_before(number, partial(save, root, 3, keep_last=1))
         for step in finished_steps(root):
             verify(complete_folder(root, step), ALONE)
-        assert find_latest(root) is not None
-        newest.add(find_latest(root).name)
+        found = find_latest(root)
+        assert found is not None
+        newest.add(found.name)
         assert (root / (root / "latest").read_text().strip()).is_dir()
         if not is_killed:
             break

@@ -9,6 +9,7 @@ import torch
 
 from megatron_kosmos.checkpoint.errors import CheckpointError, DamagedCheckpointError
 from megatron_kosmos.checkpoint.load import (
+    StoredTensors,
     find_latest,
     load_checkpoint,
     read_state,
@@ -152,6 +153,14 @@ def test_damage_is_found_before_a_byte_is_used(
             read_state(newest)
     assert find_latest(folder.parent) == folder
     assert f"passing over the checkpoint {newest} is damaged" in caplog.text
+
+
+def test_sizes_alone_tell_of_a_file_that_is_short(folder: Path) -> None:
+    flip_a_bit(tensor_file(folder), -1)
+    assert StoredTensors(folder, contents=False).shapes.keys() == VALUES.keys()
+    truncate(folder)
+    with pytest.raises(DamagedCheckpointError, match=r"has \d+ bytes instead of \d+"):
+        StoredTensors(folder, contents=False)
 
 
 def test_without_a_whole_checkpoint_there_is_none(folder: Path, tmp_path: Path) -> None:

@@ -1,12 +1,20 @@
 """Where a conversion's output goes: at once or not at all, and over nothing that should stay."""
 
+import math
 import os
 import signal
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 
-from megatron_kosmos.engine.conversion import ConversionError, new_folder, refuse_existing
+from megatron_kosmos.engine.conversion import (
+    MAX_ABS_LOGIT_DIFF,
+    ConversionError,
+    ConversionReport,
+    new_folder,
+    refuse_existing,
+)
 
 
 def names_in(folder: Path) -> list[str]:
@@ -35,6 +43,13 @@ def test_an_output_that_is_or_holds_an_input_is_refused(output: str, tmp_path: P
     with pytest.raises(ConversionError, match=r"step_1, which is to be converted|is a link"):
         refuse_existing(tmp_path / output, True, Path("/elsewhere"), source)
     assert source.is_dir()
+
+
+@pytest.mark.parametrize(("difference", "passes"), [(9e-5, True), (1.1e-4, False), (math.nan, False), (None, True)])
+def test_the_gate_lets_rounding_pass_alone(difference: float | None, passes: bool) -> None:
+    report = ConversionReport("here", 0, 1, "float32", difference, MAX_ABS_LOGIT_DIFF, "1")
+    with nullcontext() if passes else pytest.raises(ConversionError, match="nothing was put in place"):
+        report.check()
 
 
 def test_an_output_inside_its_input_or_beside_it_is_none(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from megatron_kosmos.checkpoint.errors import CheckpointError
 from megatron_kosmos.engine.resumption import changed_settings, check_resumption
 from tests.distributed.tiny import tiny_run
 
+CROSS_ATTENTION = {"kind": "cross_attention", "num_latents": 3, "num_heads": 4}
 FOLDER = Path("checkpoints/step_00000010")
 
 
@@ -87,6 +88,40 @@ def test_another_network_or_order_is_refused_with_the_fields_that_differ(change:
         check_resumption(FOLDER, saved_state(), tiny_run(**change), "fingerprint")
     assert message in str(raised.value)
     assert str(FOLDER) in str(raised.value)
+
+
+FREE = {
+    "decoder.dropout",
+    "decoder.attention_dropout",
+    "vision.pretrained",
+    "vision.position_embedding_std",
+    "resampler.query_key_gain",
+}
+"""Settings of the model that may change: they are no part of the network, or only of its beginning."""
+
+
+@pytest.mark.parametrize("resampler", [{}, {"model__resampler": CROSS_ATTENTION}], ids=["perceiver", "cross-attention"])
+def test_every_setting_of_the_network_counts_but_for_dropout_and_initialization(resampler: dict[str, Any]) -> None:
+    accepted, run = set(), tiny_run(**resampler)
+    for part, fields in run.model.model_dump(mode="json").items():
+        for field in fields:
+            state = saved_state(**resampler)
+            state["config"]["model"][part][field] = "another"
+            try:
+                check_resumption(FOLDER, state, run, "fingerprint")
+                accepted.add(f"{part}.{field}")
+            except CheckpointError as error:
+                assert f"model.{part}.{field}: 'another' in the checkpoint, " in str(error)  # noqa: PT017
+    known = {f"{part}.{field}" for part, fields in run.model.model_dump().items() for field in fields}
+    assert accepted == (FREE | {"decoder.embedding_std", "resampler.attention_dropout"}) & known
+
+
+def test_a_field_that_an_older_version_did_not_have_counts_as_its_default() -> None:
+    state = saved_state()
+    del state["config"]["model"]["decoder"]["query_key_norm"]
+    check_resumption(FOLDER, state, tiny_run(), "fingerprint")
+    with pytest.raises(CheckpointError, match=r"model\.decoder\.query_key_norm: False in the checkpoint, True now"):
+        check_resumption(FOLDER, state, tiny_run(model__decoder__query_key_norm=True), "fingerprint")
 
 
 def test_other_data_are_refused() -> None:
