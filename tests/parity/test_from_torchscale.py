@@ -208,5 +208,8 @@ def test_the_command_converts_and_fails_in_words(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["convert", "from-torchscale", str(source), str(tmp_path / "out"), *arguments])
     assert result.exit_code == 0, result.output
     assert "largest difference of logits" in result.output
+    over = ["convert", "from-torchscale", str(source), str(tmp_path), *arguments, "--overwrite"]
+    assert "is to be converted" in str(CliRunner().invoke(app, over).exception)
+    assert source.is_file()
     result = CliRunner().invoke(app, ["convert", "from-torchscale", str(tmp_path), str(tmp_path / "new"), *arguments])
     assert result.exit_code == 1

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from typer.testing import CliRunner
 
+from megatron_kosmos.checkpoint.load import StoredTensors
 from megatron_kosmos.cli import convert as convert_command
 from megatron_kosmos.config import load_config, save_config
 from megatron_kosmos.data.tokenization.making import TrainingSettings, import_tokenizer, train_tokenizer
@@ -110,6 +111,7 @@ def test_the_run_brings_its_configuration_and_tokenizer(exported: Path, tokenize
     assert KosmosTokenizer.load(run.data.tokenizer).fingerprint == KosmosTokenizer.load(tokenizer).fingerprint
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
     assert json.loads((tmp_path / "run" / "conversion.json").read_text())["step"] == 0
+    assert StoredTensors(tmp_path / "run" / "checkpoints" / "step_00000000").manifest.step == 0
 
 
 def test_a_byte_level_tokenizer_comes_back_with_its_ids(tmp_path: Path) -> None:
@@ -195,6 +197,18 @@ def test_weights_in_half_precision_become_fp32_masters(source: Path, tmp_path: P
     to_hf(tmp_path / "run", tmp_path / "again", ExportOptions(verify=False))
     found = weights_of(tmp_path / "again")
     assert all(torch.equal(found[name], tensor.float()) for name, tensor in weights_of(source).items())
+
+
+def test_an_existing_output_is_refused_before_anything_is_read(exported: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConversionError, match="exists; choose another"):
+        from_hf(tmp_path / "nothing", exported)
+    before = sorted(exported.iterdir())
+    for output in (exported, exported.parent):
+        with pytest.raises(ConversionError, match="is to be converted; choose another folder"):
+            from_hf(exported, output, ImportOptions(overwrite=True))
+        with pytest.raises(ConversionError, match="is to be converted; choose another folder"):
+            to_hf(exported.parent / "run", exported.parent / "run", ExportOptions(overwrite=True))
+    assert sorted(exported.iterdir()) == before
 
 
 def test_quantized_weights_are_refused(source: Path, tmp_path: Path) -> None:

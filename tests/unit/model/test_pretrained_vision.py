@@ -111,6 +111,20 @@ def test_another_activation_is_refused(folder: Path) -> None:
         pretrained_vision(VISION.model_copy(update={"activation": "gelu"}), folder)
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("layer_norm_eps", 1e-6, "LayerNorm epsilon 1e-05 is fixed, the folder has 1e-06"),
+        ("num_attention_heads", 4, r"model\.vision\.num_heads=2, the folder has 4"),
+    ],
+)
+def test_another_function_of_the_same_weights_is_refused(field: str, value: float, message: str, folder: Path) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {field: value}))
+    with pytest.raises(ConfigError, match=message):
+        pretrained_vision(VISION, folder)
+
+
 @pytest.mark.parametrize("style", [bare_names, prefixed_names])
 def test_weights_that_do_not_fit_are_refused_and_all_listed(folder: Path, style: Callable[[Path], None]) -> None:
     """transformers would draw the missing ones at random and only log it."""
