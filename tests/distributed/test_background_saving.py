@@ -18,7 +18,7 @@ from megatron_kosmos.checkpoint.errors import CheckpointError
 from megatron_kosmos.checkpoint.folders import complete_folder
 from megatron_kosmos.checkpoint.load import find_latest, load_checkpoint
 from megatron_kosmos.checkpoint.mesh import CheckpointMesh
-from megatron_kosmos.checkpoint.save import Retention
+from megatron_kosmos.checkpoint.save import Retention, save_checkpoint
 from megatron_kosmos.checkpoint.tensors import TensorShard
 from megatron_kosmos.engine.builder import build_stage
 from megatron_kosmos.engine.callbacks import Checkpointing
@@ -140,6 +140,24 @@ def test_a_full_disk_on_one_rank_reaches_all_at_the_same_step(tmp_path: Path) ->
         assert "File too large" in message
         assert "The checkpoints before it are untouched: " in message
     assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step_00000001", "step_00000003"]
+
+
+def save_to_a_disk_of_each_rank(root: Path, makes_the_folder: bool) -> str:
+    """Save as two machines would that share no folder, the second with one that an earlier save left or without."""
+    mine = root / f"disk_{dist.get_rank()}"
+    if dist.get_rank() == 1 and makes_the_folder:
+        (mine / ".step_00000001.writing").mkdir(parents=True)
+    with pytest.raises(CheckpointError) as raised:
+        save_checkpoint(mine, 1, shards(1), {}, mesh_of_two(), keep_last=1)
+    return str(raised.value).partition("failed")[2]
+
+
+@pytest.mark.parametrize("makes_the_folder", [True, False])
+def test_machines_that_share_no_folder_are_told_so(makes_the_folder: bool, tmp_path: Path) -> None:
+    message, other = run_ranks(save_to_a_disk_of_each_rank, 2, tmp_path, makes_the_folder)
+    assert "is not here: share the run folder" in message
+    assert other == message
+    assert not list(tmp_path.glob("disk_*/step_*"))
 
 
 def leave_amid_a_save(root: Path, step: int, dies: bool) -> None:

@@ -164,22 +164,6 @@ def test_a_full_disk_on_one_rank_fails_all_and_leaves_the_previous(tmp_path: Pat
     assert find_latest(tmp_path) == tmp_path / "step_00000007"
 
 
-def save_to_a_disk_of_each_rank(root: Path, makes_the_folder: bool) -> str:
-    """Save as two machines would that share no folder, the second with one that an earlier save left or without."""
-    mine = root / f"disk_{dist.get_rank()}"
-    if dist.get_rank() == 1 and makes_the_folder:
-        (mine / ".step_00000001.writing").mkdir(parents=True)
-    return message_of(lambda: save_under(Layout(2, 1, 1), mine, 1))
-
-
-@pytest.mark.parametrize("makes_the_folder", [True, False])
-def test_machines_that_share_no_folder_are_told_so(makes_the_folder: bool, tmp_path: Path) -> None:
-    message, other = run_ranks(save_to_a_disk_of_each_rank, 2, tmp_path, makes_the_folder)
-    assert "is not here: share the run folder" in message
-    assert other.partition("failed")[2] == message.partition("failed")[2]
-    assert not list(tmp_path.glob("disk_*/step_*"))
-
-
 def save_where_rank_3_dies(layout: Layout, root: Path) -> None:
     if dist.get_rank() == 3:
         signal.signal(signal.SIGXFSZ, signal.SIG_DFL)  # the kernel ends the process within write(2)
