@@ -2,13 +2,11 @@
 
 import json
 import logging
-import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_kosmos.checkpoint.errors import CheckpointError
@@ -24,8 +22,9 @@ from megatron_kosmos.checkpoint.folders import (
 )
 from megatron_kosmos.checkpoint.manifest import STATE_FILE, FileRecord, Manifest
 from megatron_kosmos.checkpoint.mesh import CheckpointMesh
+from megatron_kosmos.checkpoint.part_file import write_part_file
 from megatron_kosmos.checkpoint.share import Share, plan_shares
-from megatron_kosmos.checkpoint.tensors import JSON, SHARDING, TensorShard
+from megatron_kosmos.checkpoint.tensors import JSON, TensorShard
 
 logger = logging.getLogger(__name__)
 
@@ -110,13 +109,7 @@ def _write_share(folder: Path, share: Share, tensors: Mapping[str, Tensor]) -> d
         return {}
     if not folder.is_dir():
         raise CheckpointError(f"{folder} was made by rank 0 but is not here: share the run folder between the machines")
-    path = folder / share.file_name
-    places = {name: {"saved_offsets": list(share.offsets[name])} for name in tensors}
-    save_file(dict(tensors), path, metadata={SHARDING: json.dumps(places), "DCP_VERSION": "1.0", "format": "pt"})
-    path.chmod(folder.stat().st_mode & 0o666)  # as the user's umask has it; the library keeps files to their owner
-    with path.open("rb") as stream:
-        os.fsync(stream.fileno())
-    return {share.file_name: FileRecord.of(path)}
+    return {share.file_name: write_part_file(folder / share.file_name, tensors, share.offsets)}
 
 
 def _commit(folder: Path, target: Path, state_text: str, manifest: Manifest) -> None:

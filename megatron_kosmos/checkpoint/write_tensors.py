@@ -8,12 +8,12 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_kosmos.checkpoint.folders import sync_folder, write_durably
 from megatron_kosmos.checkpoint.manifest import STATE_FILE, FileRecord, Manifest, TensorRecord
-from megatron_kosmos.checkpoint.tensors import JSON, SHARDING
+from megatron_kosmos.checkpoint.part_file import write_part_file
+from megatron_kosmos.checkpoint.tensors import JSON
 
 
 class TensorWriter:
@@ -26,7 +26,7 @@ class TensorWriter:
         self.folder, self.max_file_bytes = folder, max_file_bytes
         self._pending: dict[str, Tensor] = {}
         self._records: dict[str, TensorRecord] = {}
-        self._files: list[str] = []
+        self._files: dict[str, FileRecord] = {}
 
     def add(self, name: str, tensor: Tensor) -> None:
         """Take a contiguous tensor, which must stay as it is until a later call has written it."""
@@ -40,14 +40,12 @@ class TensorWriter:
         """Write what is left, the state and, last, the manifest."""
         self._flush()
         write_durably(self.folder / STATE_FILE, json.dumps(state, indent=1, allow_nan=False))
-        files = {name: FileRecord.of(self.folder / name) for name in (*self._files, STATE_FILE)}
+        files = {**self._files, STATE_FILE: FileRecord.of(self.folder / STATE_FILE)}
         Manifest(step=step, files=files, tensors=dict(sorted(self._records.items()))).write(self.folder)
         sync_folder(self.folder)
 
     def _flush(self) -> None:
-        places = {name: {"saved_offsets": [0] * tensor.dim()} for name, tensor in self._pending.items()}
+        offsets = {name: [0] * tensor.dim() for name, tensor in self._pending.items()}
         name = f"part-{len(self._files) + 1:05d}.safetensors"
-        # The key of torch's HuggingFaceStorageWriter.
-        save_file(self._pending, self.folder / name, metadata={"format": "pt", SHARDING: json.dumps(places)})
-        self._files.append(name)
+        self._files[name] = write_part_file(self.folder / name, self._pending, offsets)
         self._pending = {}

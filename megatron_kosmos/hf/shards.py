@@ -3,8 +3,9 @@
 import json
 from pathlib import Path
 
-from safetensors.torch import save_file
 from torch import Tensor
+
+from megatron_kosmos.tensor_file import write_tensor_file
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
@@ -51,7 +52,7 @@ class ShardWriter:
         (self.folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
     def _flush(self) -> None:
-        save_file(self._pending, self._temporary(len(self._written)), metadata={"format": "pt"})
+        write_tensor_file(self._temporary(len(self._written)), self._pending, {"format": "pt"})
         self._written.append(list(self._pending))
         self._total_bytes += self._pending_bytes
         self._pending, self._pending_bytes = {}, 0

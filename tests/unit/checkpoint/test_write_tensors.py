@@ -28,6 +28,7 @@ def write(root: Path, max_file_bytes: int) -> Path:
 def test_any_number_of_files_is_one_checkpoint(max_file_bytes: int, num_files: int, tmp_path: Path) -> None:
     folder = write(tmp_path, max_file_bytes)
     assert len(list(folder.glob("*.safetensors"))) == num_files
+    assert {path.stat().st_mode for path in folder.iterdir()} == {(folder / "state.json").stat().st_mode}
     assert find_latest(tmp_path) == folder
     assert read_state(folder) == {"step": 0, "data": None}
     stored = StoredTensors(folder)

@@ -46,3 +46,13 @@ def test_parts_of_one_tensor_are_written_apart(tmp_path: Path) -> None:
     assert stored["head"].tolist() == [[0, 1], [2, 3], [4, 5]]
     assert stored["tail"].tolist() == [[6, 7], [8, 9], [10, 11]]
     assert stored["turned"].tolist() == [[0, 2, 4, 6, 8, 10], [1, 3, 5, 7, 9, 11]]
+
+
+def test_files_are_readable_to_those_whom_the_umask_lets(tmp_path: Path) -> None:
+    writer = ShardWriter(tmp_path, 1)
+    for name in ("one", "other"):
+        writer.add(name, torch.ones(1))
+    writer.close()
+    files = list(tmp_path.iterdir())
+    assert len(files) == 3
+    assert {path.stat().st_mode for path in files} == {(tmp_path / INDEX_FILE).stat().st_mode}
