@@ -1,7 +1,7 @@
 """`kosmos inspect checkpoint`: what a checkpoint holds, and how it differs from another, as tables."""
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from megatron_kosmos.checkpoint.figures import TensorFigures
     from megatron_kosmos.engine.compare_checkpoints import Change, Comparison
-    from megatron_kosmos.engine.inspect_checkpoint import CheckpointFigures, Facts, Show
+    from megatron_kosmos.engine.inspect_checkpoint import CheckpointFigures, Facts, PartFigures, Show
 
 MOST_CHANGED = 10
 """Tensors that a comparison lists."""
@@ -91,16 +91,24 @@ def _print_figures(figures: "CheckpointFigures", console: "Console") -> None:
 
     _print_facts(figures.facts, console)
     parts = figures.parts
-    table = _table("parameters", "part", numbers=("trained", "frozen", "weights", "moments"))
+    has_moments = any(part.trained is not None for part in parts)
+    counted = ("trained", "frozen") if has_moments else ("elements",)
+    table = _table("parameters", "part", numbers=(*counted, "weights", "moments"))
+
+    def add_row(name: str, parts: "Sequence[PartFigures]") -> None:
+        counts = [(part.trained or 0, part.frozen or 0) if has_moments else (part.num_elements,) for part in parts]
+        sizes = [(part.weight_bytes, part.moment_bytes) for part in parts]
+        together = [f"{sum(column):,}" for column in zip(*counts, strict=True)]
+        table.add_row(name, *together, *(decimal(sum(column), precision=2) for column in zip(*sizes, strict=True)))
+
     for part in parts:
-        sizes = decimal(part.weight_bytes, precision=2), decimal(part.moment_bytes, precision=2)
-        table.add_row(part.part, f"{part.trained:,}", f"{part.frozen:,}", *sizes)
+        add_row(part.part, [part])
     table.add_section()
-    trained, frozen = sum(part.trained for part in parts), sum(part.frozen for part in parts)
-    together = (sum(part.weight_bytes for part in parts), sum(part.moment_bytes for part in parts))
-    table.add_row("all", f"{trained:,}", f"{frozen:,}", *(decimal(size, precision=2) for size in together))
-    table.caption = "trained: has moments"
+    add_row("all", parts)
+    table.caption = "trained: has moments" if has_moments else None
     console.print(table)
+    if not has_moments:
+        console.print("no moments: AdamW starts from zero for whatever is trained", soft_wrap=True)
 
     table = _table("norms", "part", numbers=("weights", "largest", "exp_avg", "exp_avg_sq", "update rms"))
     for part in parts:

@@ -59,9 +59,12 @@ class PartFigures:
     """The weights of one part and their moments."""
 
     part: str
-    trained: int
-    """Elements that have moments."""
-    frozen: int
+    num_elements: int
+    """Of the weights."""
+    trained: int | None
+    """Elements that have moments; None where the whole checkpoint has none, as one from before the first step."""
+    frozen: int | None
+    """The rest; None as above."""
     weight_bytes: int
     moment_bytes: int
     weight_norm: float
@@ -162,16 +165,19 @@ def measure(stored: StoredTensors, facts: Facts, show: Show) -> CheckpointFigure
 def _part_figures(
     figures: Mapping[str, TensorFigures], updates: Mapping[str, tuple[float, int]]
 ) -> Iterator[PartFigures]:
+    has_moments = any(name.endswith(f"/{MOMENTS[0]}") for name in figures)
     for part, names in by_part(figures).items():
         weights = [figures[name] for name in names if name.startswith(MODEL_PREFIX)]
         first, second = ([figures[name] for name in names if name.endswith(f"/{key}")] for key in MOMENTS)
         with_moments = {_weight_of(one.name) for one in first}
         trained = sum(one.num_elements for one in weights if _weight_of(one.name) in with_moments)
+        num_elements = sum(one.num_elements for one in weights)
         squares, count = (sum(updates.get(name, (0.0, 0))[index] for name in with_moments) for index in (0, 1))
         yield PartFigures(
             part=part,
-            trained=trained,
-            frozen=sum(one.num_elements for one in weights) - trained,
+            num_elements=num_elements,
+            trained=trained if has_moments else None,
+            frozen=num_elements - trained if has_moments else None,
             weight_bytes=sum(one.num_bytes for one in weights),
             moment_bytes=sum(figures[name].num_bytes for name in names) - sum(one.num_bytes for one in weights),
             weight_norm=math.hypot(*(one.norm for one in weights)),

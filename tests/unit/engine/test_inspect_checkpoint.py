@@ -130,6 +130,7 @@ def test_every_part_has_the_figures_of_numpy(run_dir: Path) -> None:
         updates = np.concatenate(
             [(first[name] ** 2)[second[name] > 0] / second[name][second[name] > 0] for name in first]
         )
+        assert part.trained is not None and part.frozen is not None
         assert part.trained == sum(value.size for value in first.values())
         assert part.trained + part.frozen == sum(value.size for value in weights.values())
         assert (part.frozen > 0) == (part.part == "vision")
@@ -288,3 +289,15 @@ def test_the_command_fails_in_words(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     assert "contents not checked" in result.output
     assert "layout      not recorded" in result.output
+
+
+def test_without_any_moments_nothing_is_called_frozen(tmp_path: Path) -> None:
+    weights = {name: tensor for name, tensor in small_tensors().items() if name.startswith("model/")}
+    folder, file = saved(tmp_path, weights, step=0), tmp_path / "figures.json"
+    result = CliRunner().invoke(build_app(), ["inspect", "checkpoint", str(folder), "--json", str(file)])
+    assert result.exit_code == 0, result.output
+    assert "frozen" not in result.output
+    assert "no moments: AdamW starts from zero for whatever is trained" in result.output
+    parts = json.loads(file.read_text())["parts"]
+    assert {part["part"]: part["num_elements"] for part in parts} == {"embedding": 24, "decoder": 12}
+    assert {part["trained"] for part in parts} == {part["frozen"] for part in parts} == {None}
