@@ -119,7 +119,7 @@ class _Pieces:
                 self._flush()
 
     def _flush(self) -> None:
-        piece = memoryview(self._piece)[: self._gathered]
+        piece = memoryview(self._memory)[: self._gathered]
         hashing = None if self.content_hash is None else self._hashing.submit(self.content_hash.update, piece)
         try:
             self._write(piece)

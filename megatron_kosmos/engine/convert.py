@@ -12,11 +12,10 @@ import torch
 from transformers import Kosmos2Config, PreTrainedTokenizerBase
 
 from megatron_kosmos import __version__
-from megatron_kosmos.checkpoint.load import StoredTensors, find_latest, read_state
-from megatron_kosmos.checkpoint.manifest import MANIFEST_FILE, Manifest
+from megatron_kosmos.checkpoint.load import StoredTensors, read_state
 from megatron_kosmos.config import RunConfig, parse_config
 from megatron_kosmos.data.tokenization.tokenizer import KosmosTokenizer
-from megatron_kosmos.engine.checkpointing import CHECKPOINTS, MODEL_PREFIX
+from megatron_kosmos.engine.checkpointing import MODEL_PREFIX
 from megatron_kosmos.engine.conversion import (
     MAX_ABS_LOGIT_DIFF,
     MAX_FILE_BYTES,
@@ -25,6 +24,7 @@ from megatron_kosmos.engine.conversion import (
     new_folder,
     refuse_existing,
 )
+from megatron_kosmos.engine.inspect_checkpoint import open_checkpoint
 from megatron_kosmos.engine.verify_conversion import hf_logits, largest_difference, training_logits
 from megatron_kosmos.hf.export_folder import kosmos_config, write_folder, write_kosmos2_folder
 from megatron_kosmos.hf.folder_weights import FolderWeights
@@ -54,78 +54,67 @@ class ExportOptions:
 def to_hf(source: Path, output: Path, options: ExportOptions = ExportOptions()) -> ConversionReport:
     """Export a checkpoint folder, or a run's newest checkpoint, to the new folder `output`.
 
-    The folder is written beside its place and renamed last. Raises ConversionError (nothing to export, output there
+    The folder is written beside its place and renamed last. Raises ConversionError (output there
     already, models that differ), FormatError (a model that the format cannot hold), NameMapError (tensors that don't
     fit), CheckpointError and DataError.
     """
     refuse_existing(output, options.overwrite, source)
-    folder = find_checkpoint(source)
-    state = read_state(folder)
-    run = parse_config(state["config"], f"{folder}/state.json")
+    stored = open_checkpoint(source, contents=True)
+    state = read_state(stored.folder)
+    run = parse_config(state["config"], f"{stored.folder}/state.json")
     load_tokenizer = stock_tokenizer if options.format == "kosmos2" else training_tokenizer
     tokenizer_folder = options.tokenizer or run.data.tokenizer
-    refuse_existing(output, options.overwrite, folder, tokenizer_folder)
+    refuse_existing(output, options.overwrite, stored.folder, tokenizer_folder)
     tokenizer = load_tokenizer(_find_tokenizer(tokenizer_folder, run))
     with new_folder(output, options.overwrite) as writing:
-        report = _Export(folder, run, writing, options).write(tokenizer)
+        report = _Export(stored, run, writing, options).write(tokenizer)
         report.check()
     return report
 
 
-def find_checkpoint(source: Path) -> Path:
-    """Return the checkpoint that `source` means: itself, or the newest whole one of a run's folder."""
-    if (source / MANIFEST_FILE).is_file():
-        return source
-    root = source / CHECKPOINTS if (source / CHECKPOINTS).is_dir() else source
-    newest = find_latest(root)
-    if newest is None:
-        raise ConversionError(f"no whole checkpoint at {source}; give a run's folder or one of its checkpoints/step_*")
-    return newest
-
-
 class _Export:
-    """One export on its way: from `checkpoint` to the folder `writing`."""
+    """One export on its way: from the checkpoint `stored` to the folder `writing`."""
 
-    def __init__(self, checkpoint: Path, run: RunConfig, writing: Path, options: ExportOptions) -> None:
-        self.checkpoint, self.run, self.writing, self.options = checkpoint, run, writing, options
+    def __init__(self, stored: StoredTensors, run: RunConfig, writing: Path, options: ExportOptions) -> None:
+        self.stored, self.run, self.writing, self.options = stored, run, writing, options
 
     def write(self, tokenizer: PreTrainedTokenizerBase) -> ConversionReport:
         """Write every file and return the report."""
         translate = kosmos2_config if self.options.format == "kosmos2" else kosmos_config
         config: HFConfig = translate(self.run.model, tokenizer)
         table = table_of(config, self.run.model.decoder.padded_vocab_size)
-        stored = StoredTensors(self.checkpoint)
+        checkpoint, step = self.stored.folder, self.stored.manifest.step
         weights = {
             name.removeprefix(MODEL_PREFIX): shape
-            for name, shape in stored.shapes.items()
+            for name, shape in self.stored.shapes.items()
             if name.startswith(MODEL_PREFIX)
         }
-        check_names({entry.training_name: entry.training_shape for entry in table}, weights, str(self.checkpoint))
-        parameters, dtype = self._stream_weights(table, stored)
+        check_names({entry.training_name: entry.training_shape for entry in table}, weights, str(checkpoint))
+        parameters, dtype = self._stream_weights(table)
         self._write_folder(config, dtype, tokenizer)
-        difference = self._compare(config, stored) if self.options.verify else None
+        difference = self._compare(config) if self.options.verify else None
         report = ConversionReport(
-            source=str(self.checkpoint),
-            step=Manifest.read(self.checkpoint).step,
+            source=str(checkpoint),
+            step=step,
             num_parameters=sum(parameters.values()),
             dtype=str(dtype).removeprefix("torch."),
             max_abs_logit_diff=difference,
             bound=MAX_ABS_LOGIT_DIFF,
             code_version=__version__,
         )
-        metrics = last_metrics(self.checkpoint.absolute().parent.parent / "metrics.jsonl", report.step)
+        metrics = last_metrics(checkpoint.absolute().parent.parent / "metrics.jsonl", report.step)
         card = model_card(self.run, config, CardFacts(report.step, parameters, metrics, difference))
         (self.writing / "README.md").write_text(card, encoding="utf-8")
         report.write(self.writing)
         return report
 
-    def _stream_weights(self, table: tuple[Entry, ...], stored: StoredTensors) -> tuple[dict[str, int], torch.dtype]:
+    def _stream_weights(self, table: tuple[Entry, ...]) -> tuple[dict[str, int], torch.dtype]:
         """Write the weights; return the parameters of each part and their dtype."""
         writer = ShardWriter(self.writing, self.options.max_shard_bytes)
         parameters: Counter[str] = Counter()
         dtypes = set()
         for entry in table:
-            tensor = stored.read(MODEL_PREFIX + entry.training_name)
+            tensor = self.stored.read(MODEL_PREFIX + entry.training_name)
             for hf_name, part in zip(entry.hf_names, entry.split(tensor), strict=True):
                 writer.add(hf_name, part)
                 parameters[hf_name.partition(".")[0].replace("_", " ")] += part.numel()
@@ -142,9 +131,9 @@ class _Export:
         else:
             write_folder(self.writing, config, self.run.model, tokenizer)
 
-    def _compare(self, config: HFConfig, stored: StoredTensors) -> float:
+    def _compare(self, config: HFConfig) -> float:
         """Return the largest difference of the logits of the checkpoint and of the files that were written."""
-        expected = training_logits(self.run, lambda name: stored.read(MODEL_PREFIX + name))
+        expected = training_logits(self.run, lambda name: self.stored.read(MODEL_PREFIX + name))
         exported = FolderWeights(self.writing)
         return largest_difference(hf_logits(config, exported.read, self.run.model), expected)
 

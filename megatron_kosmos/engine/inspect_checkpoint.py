@@ -91,7 +91,7 @@ class CheckpointFigures:
         return [one for one in self.tensors if one.num_nan or one.num_inf]
 
 
-def open_checkpoint(source: Path, contents: bool, show: Show) -> StoredTensors:
+def open_checkpoint(source: Path, contents: bool, show: Show = lambda *_: None) -> StoredTensors:
     """Open a checkpoint's folder, or the newest whole one of a run's, after a check of its files.
 
     `contents`: check what is in them, not their sizes only. Raises CheckpointError where there is none, or

@@ -5,6 +5,7 @@ import fcntl
 import hashlib
 import os
 import resource
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -71,7 +72,7 @@ def test_a_file_system_without_direct_writes_gets_the_same_file(
 ) -> None:
     tensors = {"large": torch.randn(3 * MEBIBYTE), **some_tensors()}
     write_tensor_file(tmp_path / "direct", tensors, {})
-    calls = {"open": os.open, "write": os.write}
+    call: Callable[..., int] = getattr(os, refuses)
     refused = []
 
     def refusing(*arguments: int) -> int:
@@ -79,7 +80,7 @@ def test_a_file_system_without_direct_writes_gets_the_same_file(
         if is_direct:
             refused.append(arguments)
             raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
-        return calls[refuses](*arguments)  # type: ignore[arg-type]
+        return call(*arguments)
 
     monkeypatch.setattr(os, refuses, refusing)
     write_tensor_file(tmp_path / "through the cache", tensors, {})

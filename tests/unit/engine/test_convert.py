@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from typer.testing import CliRunner
 
-from megatron_kosmos.checkpoint.errors import DamagedCheckpointError
+from megatron_kosmos.checkpoint.errors import CheckpointError, DamagedCheckpointError
 from megatron_kosmos.checkpoint.mesh import CheckpointMesh
 from megatron_kosmos.checkpoint.save import save_checkpoint
 from megatron_kosmos.cli import convert as convert_command
@@ -23,7 +23,8 @@ from megatron_kosmos.data.errors import DataError
 from megatron_kosmos.data.tokenization.making import TrainingSettings, import_tokenizer, train_tokenizer
 from megatron_kosmos.engine import conversion, convert
 from megatron_kosmos.engine.conversion import ConversionError
-from megatron_kosmos.engine.convert import ExportOptions, find_checkpoint, last_metrics, to_hf
+from megatron_kosmos.engine.convert import ExportOptions, last_metrics, to_hf
+from megatron_kosmos.engine.inspect_checkpoint import open_checkpoint
 from megatron_kosmos.engine.verify_conversion import verification_batch
 from megatron_kosmos.hf.name_map import Entry, NameMapError
 from tests.distributed.presets import shrunk
@@ -165,16 +166,17 @@ def test_a_damaged_checkpoint_is_refused(tokenizer: Path, tmp_path: Path) -> Non
     file.write_bytes(content)
     with pytest.raises(DamagedCheckpointError):
         to_hf(folder, tmp_path / "out")
-    with pytest.raises(ConversionError, match="no whole checkpoint at"):
+    with pytest.raises(CheckpointError, match="no whole checkpoint at"):
         to_hf(tmp_path / "run", tmp_path / "out")
     assert left_behind(tmp_path) == ["run"]
 
 
 def test_a_run_means_its_newest_checkpoint(run_dir: Path, tmp_path: Path) -> None:
     newest = run_dir / "checkpoints" / f"step_{STEP:08d}"
-    assert find_checkpoint(run_dir) == find_checkpoint(run_dir / "checkpoints") == find_checkpoint(newest) == newest
-    with pytest.raises(ConversionError, match="no whole checkpoint"):
-        find_checkpoint(tmp_path)
+    sources = run_dir, run_dir / "checkpoints", newest
+    assert [open_checkpoint(source, contents=True).folder for source in sources] == [newest] * 3
+    with pytest.raises(CheckpointError, match="no whole checkpoint"):
+        open_checkpoint(tmp_path, contents=True)
 
 
 def test_a_tokenizer_of_another_run_is_refused(tokenizer: Path, tmp_path: Path) -> None:

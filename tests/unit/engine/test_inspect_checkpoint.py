@@ -130,7 +130,8 @@ def test_every_part_has_the_figures_of_numpy(run_dir: Path) -> None:
         updates = np.concatenate(
             [(first[name] ** 2)[second[name] > 0] / second[name][second[name] > 0] for name in first]
         )
-        assert part.trained is not None and part.frozen is not None
+        assert part.trained is not None
+        assert part.frozen is not None
         assert part.trained == sum(value.size for value in first.values())
         assert part.trained + part.frozen == sum(value.size for value in weights.values())
         assert (part.frozen > 0) == (part.part == "vision")
