@@ -18,6 +18,7 @@ from megatron_kosmos.checkpoint.folders import complete_folder, finished_steps, 
 from megatron_kosmos.checkpoint.manifest import STATE_FILE, Manifest, Show, TensorRecord, verify, verify_file
 from megatron_kosmos.checkpoint.mesh import CheckpointMesh
 from megatron_kosmos.checkpoint.tensors import JSON, SHARDING, LoadShards, TensorShard, by_name
+from megatron_kosmos.tensor_file import read_ahead
 
 logger = logging.getLogger(__name__)
 
@@ -102,6 +103,8 @@ class StoredTensors:
         self.manifest = verify(folder, ALONE, contents=contents, show=show)
         self._files: dict[str, list[tuple[Path, list[int]]]] = {}
         """The files that hold a part of a tensor, and where the part begins in the whole."""
+        self._begun: set[Path] = set()
+        """Files that a tensor was read of."""
         for path in sorted(folder.glob("*.safetensors")):
             try:
                 with safe_open(path, framework="pt") as file:
@@ -125,6 +128,9 @@ class StoredTensors:
         record, parts = self.manifest.tensors[name], self._files[name]
         whole: Tensor | None = None
         for path, offsets in parts:
+            if path not in self._begun:
+                read_ahead(path)
+                self._begun.add(path)
             # A file stays mapped, and what was read of it in memory, while it is open: so each time anew.
             with safe_open(path, framework="pt") as file:
                 part: Tensor = file.get_tensor(name)

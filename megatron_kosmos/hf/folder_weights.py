@@ -7,6 +7,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megatron_kosmos.hf.shards import INDEX_FILE, SINGLE_FILE
+from megatron_kosmos.tensor_file import read_ahead
 
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
@@ -28,6 +29,8 @@ class FolderWeights:
         self.dtypes: dict[str, str] = {}
         """What safetensors calls each tensor's dtype."""
         self._files: dict[str, Path] = {}
+        self._begun: set[Path] = set()
+        """Files that a tensor was read of."""
         for path in _weight_files(folder):
             try:
                 with safe_open(path, framework="pt") as file:
@@ -43,8 +46,12 @@ class FolderWeights:
 
     def read(self, name: str) -> Tensor:
         """Return the tensor `name`, one of `shapes`, on the CPU. It may lie in the file: don't change it in place."""
+        path = self._files[name]
+        if path not in self._begun:
+            read_ahead(path)
+            self._begun.add(path)
         # A file stays mapped, and what was read of it in memory, while it is open: so each time anew.
-        with safe_open(self._files[name], framework="pt") as file:
+        with safe_open(path, framework="pt") as file:
             tensor: Tensor = file.get_tensor(name)
         return tensor
 

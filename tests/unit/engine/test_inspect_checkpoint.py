@@ -130,12 +130,10 @@ def test_every_part_has_the_figures_of_numpy(run_dir: Path) -> None:
         updates = np.concatenate(
             [(first[name] ** 2)[second[name] > 0] / second[name][second[name] > 0] for name in first]
         )
-        assert part.trained is not None
-        assert part.frozen is not None
-        assert part.trained == sum(value.size for value in first.values())
-        assert part.trained + part.frozen == sum(value.size for value in weights.values())
-        assert (part.frozen > 0) == (part.part == "vision")
-        assert (part.weight_bytes, part.moment_bytes) == (4 * (part.trained + part.frozen), 8 * part.trained)
+        trained, whole = (sum(value.size for value in values.values()) for values in (first, weights))
+        assert (part.num_elements, part.trained, part.frozen) == (whole, trained, whole - trained)
+        assert (whole > trained) == (part.part == "vision")
+        assert (part.weight_bytes, part.moment_bytes) == (4 * whole, 8 * trained)
         got = (part.weight_norm, part.largest_weight, part.exp_avg_norm, part.exp_avg_sq_norm, part.update_rms)
         expected = (
             np.linalg.norm(np.concatenate([value.ravel() for value in weights.values()])),
@@ -185,9 +183,8 @@ def test_damage_is_told_and_a_run_falls_back(tmp_path: Path, caplog: pytest.LogC
 def test_a_broken_header_is_told_without_checksums(tmp_path: Path) -> None:
     folder = saved(tmp_path, small_tensors())
     (file,) = folder.glob("*.safetensors")
-    content = bytearray(file.read_bytes())
-    content[8] ^= 1  # the brace that opens the header
-    file.write_bytes(content)
+    content = file.read_bytes()
+    file.write_bytes(content[:8] + b"[" + content[9:])  # for the brace that opens the header
     with pytest.raises(DamagedCheckpointError, match="has a header that says nothing"):
         open_checkpoint(folder, False, silent)
 
@@ -296,9 +293,8 @@ def test_without_any_moments_nothing_is_called_frozen(tmp_path: Path) -> None:
     weights = {name: tensor for name, tensor in small_tensors().items() if name.startswith("model/")}
     folder, file = saved(tmp_path, weights, step=0), tmp_path / "figures.json"
     result = CliRunner().invoke(build_app(), ["inspect", "checkpoint", str(folder), "--json", str(file)])
-    assert result.exit_code == 0, result.output
     assert "frozen" not in result.output
     assert "no moments: AdamW starts from zero for whatever is trained" in result.output
     parts = json.loads(file.read_text())["parts"]
-    assert {part["part"]: part["num_elements"] for part in parts} == {"embedding": 24, "decoder": 12}
-    assert {part["trained"] for part in parts} == {part["frozen"] for part in parts} == {None}
+    counts = {part["part"]: (part["num_elements"], part["trained"], part["frozen"]) for part in parts}
+    assert counts == {"embedding": (24, None, None), "decoder": (12, None, None)}
