@@ -14,7 +14,7 @@ from PIL import Image
 from megatron_kosmos.cli.libraries import quiet_libraries
 from megatron_kosmos.config import load_config
 from megatron_kosmos.data.loading.loader import heldout_captions
-from megatron_kosmos.engine.generate import Generator
+from megatron_kosmos.engine.generate import Decoding, Generator
 from megatron_kosmos.observability.captions import render_card
 
 COLUMNS, ROWS = 6, 3
@@ -58,7 +58,8 @@ def caption_sheet(run: Path) -> Image.Image:
     pictures = [picture for picture, _ in heldout_captions(config.data, corpus, COLUMNS * ROWS)]
     generator = Generator.load(run / "hf")
     prompts = [config.evaluation.caption_prompt] * len(pictures)
-    captions = generator.generate(prompts, [[picture] for picture in pictures], config.evaluation.caption_tokens)
+    decoding = Decoding(max_new_tokens=config.evaluation.caption_tokens)
+    captions = generator.generate(prompts, [[picture] for picture in pictures], decoding)
     cards = [
         render_card(picture.resize((128, 128), Image.Resampling.NEAREST), caption.strip())
         for picture, caption in zip(pictures, captions, strict=True)

@@ -18,7 +18,7 @@ from megatron_kosmos.config import CorpusConfig, RunConfig
 from megatron_kosmos.data.corpora.corpus import Corpus
 from megatron_kosmos.data.loading.loader import BatchGeometry, ImageFormat, heldout_batches, heldout_captions
 from megatron_kosmos.data.tokenization.tokenizer import KosmosTokenizer
-from megatron_kosmos.engine.generate import Generator
+from megatron_kosmos.engine.generate import Decoding, Generator
 from megatron_kosmos.prompt import SourceKind
 
 Picture = Image.Image
@@ -101,7 +101,7 @@ class Evaluator:
         answers = self.generator.generate(
             [settings.caption_prompt] * len(pictures),
             [[picture] for picture in pictures],
-            max_new_tokens=settings.caption_tokens,
+            Decoding(max_new_tokens=settings.caption_tokens),
         )
         return _mean(answer.strip() == caption for answer, caption in zip(answers, captions, strict=True))
 

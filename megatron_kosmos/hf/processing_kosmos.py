@@ -57,7 +57,10 @@ class KosmosProcessor(ProcessorMixin):
         suffix = [self.tokenizer.eos_token_id] if add_eos_token else []
         rows, slots = [], []
         for row, (prompt, row_images) in enumerate(zip(prompts, images_of_rows, strict=True)):
-            ids, is_slot = self._lay_out(prompt, len(row_images), row)
+            try:
+                ids, is_slot = self._lay_out(prompt, len(row_images))
+            except ValueError as error:
+                raise ValueError(f"prompt {row}: {error}") from error
             rows.append(ids + suffix)
             slots.append(is_slot + [0] * len(suffix))
         inputs = self._pad(rows, slots)
@@ -66,7 +69,12 @@ class KosmosProcessor(ProcessorMixin):
             inputs["pixel_values"] = self.image_processor(images=flat, return_tensors=return_tensors)["pixel_values"]
         return BatchFeature(inputs, tensor_type=return_tensors)
 
-    def _lay_out(self, prompt: str, num_images: int, row: int) -> tuple[list[int], list[int]]:
+    def num_tokens(self, prompt: str, num_images: int) -> int:
+        """Return the tokens of a prompt with so many pictures. Raises ValueError when it has not as many places."""
+        ids, _ = self._lay_out(prompt, num_images)
+        return len(ids)
+
+    def _lay_out(self, prompt: str, num_images: int) -> tuple[list[int], list[int]]:
         """Return a row's ids and, for each, 1 if it is an image's slot."""
         tokenizer = self.tokenizer
         # Spaces around `<image>` separate words in the prompt; in training there are none.
@@ -75,7 +83,7 @@ class KosmosProcessor(ProcessorMixin):
             texts = [""] * num_images + texts
         if len(texts) - 1 != num_images:
             raise ValueError(
-                f"prompt {row} has {len(texts) - 1} {tokenizer.image_token} for {num_images} image(s): {prompt!r}; "
+                f"{len(texts) - 1} {tokenizer.image_token} for {num_images} image(s) in {prompt!r}; "
                 f"write one for each image, or none to put the images before the text"
             )
         picture = [tokenizer.image_token_id, *[tokenizer.pad_token_id] * self.num_image_tokens]
@@ -85,7 +93,7 @@ class KosmosProcessor(ProcessorMixin):
             if place > 0:
                 ids += picture
                 is_slot += [0, *[1] * self.num_image_tokens, 0]
-            pieces = tokenizer(part, add_special_tokens=False)["input_ids"]
+            pieces = tokenizer(part, add_special_tokens=False, verbose=False)["input_ids"]
             ids += pieces
             is_slot += [0] * len(pieces)
         return ids, is_slot

@@ -16,7 +16,7 @@ from megatron_kosmos.data.images.transform import load_image
 from megatron_kosmos.data.tokenization.making import TrainingSettings, import_tokenizer, train_tokenizer
 from megatron_kosmos.data.tokenization.tokenizer import KosmosTokenizer
 from megatron_kosmos.engine.convert import to_hf
-from megatron_kosmos.engine.generate import Generator
+from megatron_kosmos.engine.generate import Decoding, Generator
 from tests.distributed.presets import PRESETS, shrunk
 from tests.unit.data.tokenization.foreign_tokenizers import falcon_like
 from tests.unit.hf.checkpoints import STEP, trained_run
@@ -147,4 +147,4 @@ def test_the_folder_loads_in_a_process_without_this_package(
     with torch.no_grad():
         logits = generator.model(**inputs).logits
     assert torch.allclose(torch.tensor(found["logits"]), logits, atol=1e-6)
-    assert generator.generate([prompt], [[Image.open(picture)]], max_new_tokens=6, num_beams=5) == [found["text"]]
+    assert generator.generate([prompt], [[picture]], Decoding(max_new_tokens=6, num_beams=5)) == [found["text"]]
