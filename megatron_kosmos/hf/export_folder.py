@@ -101,6 +101,8 @@ def write_folder(folder: Path, config: KosmosConfig, model: ModelConfig, tokeniz
     with torch.device("meta"):
         exported = KosmosForConditionalGeneration(config)
     custom_object_save(exported, folder, config=config)
+    # A class registers for one Auto class; transformers' pipeline looks under another.
+    config.auto_map["AutoModelForImageTextToText"] = config.auto_map["AutoModelForCausalLM"]
     config.save_pretrained(folder)
     generation_config(config).save_pretrained(folder)
     kosmos_processor(model, tokenizer).save_pretrained(folder)

@@ -51,7 +51,8 @@ print(processor.batch_decode(tokens[:, inputs["input_ids"].shape[1] :])[0])
 ```
 
 A prompt is `<s> <image> {slots} slots </image> text`; `<image>` in the text says where the next picture goes. There is
-no chat format. Batches are padded on the left."""
+no chat format. Batches are padded on the left. `pipeline("image-text-to-text", model=folder, trust_remote_code=True)`
+does the same."""
 
 _USE_KOSMOS2 = """```python
 from PIL import Image

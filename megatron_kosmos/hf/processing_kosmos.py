@@ -37,6 +37,7 @@ class KosmosProcessor(ProcessorMixin):
         images: Any = None,
         text: str | list[str] | None = None,
         *,
+        padding: bool = True,
         add_eos_token: bool = False,
         return_tensors: str | None = None,
     ) -> BatchFeature:
@@ -44,8 +45,8 @@ class KosmosProcessor(ProcessorMixin):
 
         text: one prompt, or a list. images: for one prompt an image or a list of them; for a list of prompts a list
         with an image, a list of images or None for each. `<image>` in a prompt says where the next image goes, spaces
-        around it do not count; without it the images stand before the text. Shorter rows are padded on the
-        tokenizer's `padding_side`.
+        around it do not count; without it the images stand before the text. padding: fill shorter rows up on the
+        tokenizer's `padding_side`; without it rows of several lengths make lists and no tensors.
         add_eos_token: end each row with `</s>`, as training documents do. Images are flattened in row order.
 
         Raises ValueError when images and prompts, or images and places, do not match.
@@ -63,7 +64,7 @@ class KosmosProcessor(ProcessorMixin):
                 raise ValueError(f"prompt {row}: {error}") from error
             rows.append(ids + suffix)
             slots.append(is_slot + [0] * len(suffix))
-        inputs = self._pad(rows, slots)
+        inputs = self._pad(rows, slots, max(map(len, rows), default=0) if padding else 0)
         flat = [image for row_images in images_of_rows for image in row_images]
         if flat:
             inputs["pixel_values"] = self.image_processor(images=flat, return_tensors=return_tensors)["pixel_values"]
@@ -98,12 +99,11 @@ class KosmosProcessor(ProcessorMixin):
             is_slot += [0] * len(pieces)
         return ids, is_slot
 
-    def _pad(self, rows: list[list[int]], slots: list[list[int]]) -> dict[str, Any]:
-        longest = max(map(len, rows), default=0)
+    def _pad(self, rows: list[list[int]], slots: list[list[int]], length: int) -> dict[str, Any]:
         on_the_left = self.tokenizer.padding_side == "left"
 
         def pad(values: list[int], filler: int) -> list[int]:
-            filling = [filler] * (longest - len(values))
+            filling = [filler] * (length - len(values))
             return filling + values if on_the_left else values + filling
 
         return {

@@ -10,8 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from benchmarks import generation
+from megatron_kosmos.engine.generate import Generator
 
 ROOT = Path(__file__).parents[2]
 KINDS = ("text", "captions", "interleaved")
@@ -167,6 +171,26 @@ def test_export_evaluates_and_captions(trained: Path, data: Path, tmp_path: Path
         *("generate", "--model", str(export), "--image", str(picture), "--prompt", "", "--max-new-tokens", "4")
     )
     assert answer.stdout.strip()
+
+
+def test_a_trained_export_gives_the_same_tokens_however_it_is_asked(
+    data: Path, settings: list[str], tmp_path: Path
+) -> None:
+    """50 prompts with 0 to 4 pictures: with a cache and without, one by one and in batches, searched and drawn.
+
+    The model is small and has learned for 60 steps; the quickstart's is compared by `benchmarks/generation.py`.
+    """
+    small = ["model.decoder.num_layers=2", "model.decoder.width=64", "model.decoder.ffn_width=256"]
+    one_end = ["training.steps=60", "checkpoint.every=0", "evaluation.every=1000", "evaluation.captions=0"]
+    train(f"run_dir={tmp_path}/run", *settings, *small, *one_end, processes=1)
+    losses = [line["loss"] for line in metrics(tmp_path / "run")]
+    assert losses[-1] < losses[0] - 2
+    kosmos("convert", "to-hf", f"{tmp_path}/run", f"{tmp_path}/hf")
+    generator = Generator.load(tmp_path / "hf", torch.device("cpu"))
+    prompts = generation.make_prompts(data / "raw" / "images", 50)
+    rows = generation.compare(generator, prompts, max_new_tokens=6, batch_size=16)
+    assert [row["same_answers"] for row in rows] == [50] * 12
+    assert all(row["different_answers"] > 10 for row in rows)
 
 
 @pytest.mark.parametrize(

@@ -81,7 +81,7 @@ sys.meta_path.insert(0, Block())
 sys.modules |= dict.fromkeys(unneeded)  # as if they were not installed
 import torch
 from PIL import Image
-from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor, AutoTokenizer, pipeline
 
 config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
 model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
@@ -94,12 +94,15 @@ tokens = model.generate(**inputs, max_new_tokens=6, num_beams=5)
 model.save_pretrained(folder + "_again")
 processor.save_pretrained(folder + "_again")
 again = AutoModelForCausalLM.from_pretrained(folder + "_again", trust_remote_code=True).eval()
-AutoProcessor.from_pretrained(folder + "_again", trust_remote_code=True)
+pipe = pipeline("image-text-to-text", model=folder + "_again", trust_remote_code=True)
+asked = {"images": [[picture], [picture]], "text": [prompt, "a seven"]}
+piped = pipe(**asked, max_new_tokens=6, return_full_text=False, generate_kwargs={"num_beams": 5})
 print(json.dumps({
     "model_type": config.model_type,
     "ids": inputs["input_ids"].tolist(),
     "pixels": inputs["pixel_values"].tolist(),
     "logits": logits.tolist(),
+    "piped": [answer["generated_text"] for answer in piped],
     "text": processor.batch_decode(tokens[:, inputs["input_ids"].shape[1]:])[0],
     "tokenizer": tokenizer(prompt, add_special_tokens=False)["input_ids"],
     "same_weights": all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values())),
@@ -147,4 +150,6 @@ def test_the_folder_loads_in_a_process_without_this_package(
     with torch.no_grad():
         logits = generator.model(**inputs).logits
     assert torch.allclose(torch.tensor(found["logits"]), logits, atol=1e-6)
-    assert generator.generate([prompt], [[picture]], Decoding(max_new_tokens=6, num_beams=5)) == [found["text"]]
+    decoding = Decoding(max_new_tokens=6, num_beams=5)
+    assert generator.generate([prompt, "a seven"], [[picture], [picture]], decoding) == found["piped"]
+    assert found["piped"][0] == found["text"]

@@ -50,6 +50,32 @@ def test_the_cache_changes_no_token_and_no_logit(variant: str) -> None:
     assert torch.allclose(torch.cat((first.logits, rest.logits), dim=1), whole, atol=1e-5)
 
 
+@torch.no_grad()
+def test_the_cache_holds_to_the_last_token_of_the_longest_prompt() -> None:
+    """At KOSMOS-1's length and head size, where xPos scales keys by up to 17: read in parts, token by token, padded."""
+    length, padding = 2048, 60
+    model = tiny_model(hidden_size=128, num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=length)
+    row = prompt(2, num_text=length - prompt(2, num_text=0, seed=1)["input_ids"].shape[1], seed=1)
+    whole = model(**row, use_cache=False).logits
+    head = {key: value if key == "pixel_values" else value[:, :1000] for key, value in row.items()}
+    output = model(**head)
+    parts = [output.logits]
+    for start, end in zip((1000, *range(2000, length)), range(2000, length + 1), strict=True):
+        seen = {"attention_mask": row["attention_mask"][:, :end], CACHE_NAME: output[CACHE_NAME]}
+        output = model(row["input_ids"][:, start:end], **seen)
+        parts.append(output.logits)
+    assert torch.allclose(torch.cat(parts, dim=1), whole, atol=5e-5)
+    short = {key: value if key == "pixel_values" else value[:, :-padding] for key, value in row.items()}
+    padded = {
+        key: value if key == "pixel_values" else torch.nn.functional.pad(value, (padding, 0))
+        for key, value in short.items()
+    }
+    assert torch.allclose(model(**padded).logits[:, padding:], whole[:, :-padding], atol=5e-5)
+    first = model(**{key: value if key == "pixel_values" else value[:, :-1] for key, value in row.items()})
+    misplaced = {"position_ids": torch.tensor([[length - 2]]), CACHE_NAME: first[CACHE_NAME]}
+    assert (model(row["input_ids"][:, -1:], **misplaced).logits - whole[:, -1:]).abs().max() > 0.1
+
+
 @variants
 def test_a_left_padded_batch_gives_what_each_prompt_gives_alone(variant: str) -> None:
     model = tiny_model(**VARIANTS[variant])

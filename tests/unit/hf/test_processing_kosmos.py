@@ -71,6 +71,8 @@ def test_a_batch_is_padded_and_its_images_stand_in_row_order(processor: KosmosPr
     images = [pictures[:2], pictures[2], None]
     inputs = processor(text=texts, images=images, return_tensors="pt")
     alone = [processor(text=text, images=of_row) for text, of_row in zip(texts, images, strict=True)]
+    ragged = processor(text=texts, images=images, padding=False)
+    assert ragged["input_ids"] == [row["input_ids"][0] for row in alone]
     longest = max(len(row["input_ids"][0]) for row in alone)
     assert inputs["input_ids"].shape == (3, longest)
     for index, row in enumerate(alone):
