@@ -109,9 +109,10 @@ def _checked(line: bytes, folder: Path) -> PromptLine:
 def _said(error: Any) -> str:
     """Return one thing that pydantic found, with its place in the line."""
     place = ".".join(map(str, error["loc"]))
+    message = error["msg"].replace(" at line 1 column ", " at column ")  # of this line, whatever its number in the file
     if error["type"] == "extra_forbidden":
         return f"{place} is no field; there are {', '.join(PromptLine.model_fields)}"
-    return f"{place}: {error['msg']}" if place else error["msg"]
+    return f"{place}: {message}" if place else message
 
 
 __all__ = ["PromptFile", "PromptLine", "Record"]
