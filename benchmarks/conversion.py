@@ -26,10 +26,11 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from megatron_kosmos.checkpoint.folders import CHECKPOINTS
 from megatron_kosmos.checkpoint.write_tensors import TensorWriter
 from megatron_kosmos.config import RunConfig, load_config
 from megatron_kosmos.data.tokenization.making import TrainingSettings, train_tokenizer
-from megatron_kosmos.engine.checkpointing import CHECKPOINTS, MODEL_PREFIX
+from megatron_kosmos.engine.checkpointing import MODEL_PREFIX
 from megatron_kosmos.engine.conversion import MAX_FILE_BYTES, REPORT_FILE
 from megatron_kosmos.engine.verify_conversion import training_model
 from megatron_kosmos.model.names import named_parameters

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_kosmos.checkpoint.errors import CheckpointError
+from megatron_kosmos.checkpoint.errors import SavingFailed
 from megatron_kosmos.checkpoint.mesh import CheckpointMesh, describe
 from megatron_kosmos.checkpoint.save import CheckpointWriter, Retention
 from megatron_kosmos.checkpoint.share import Share, plan_shares
@@ -96,20 +96,20 @@ class BackgroundSaver:
         self._saving = self._thread.submit(self._writer.write, step, self._buffer.tensors, state)
 
     def poll(self) -> bool:
-        """Return whether a save is under way. Raises CheckpointError on every rank alike when one has failed."""
+        """Return whether a save is under way. Raises SavingFailed on every rank alike when one has failed."""
         if self._saving is not None and all(self._mesh.gather(self._saving.done())):
             self.wait()
         return self._saving is not None
 
     def wait(self) -> None:
-        """Wait for the save that is under way, if one is. Raises CheckpointError on every rank alike if it failed."""
+        """Wait for the save that is under way, if one is. Raises SavingFailed on every rank alike if it failed."""
         if self._saving is None:
             return
         saving, self._saving = self._saving, None
         failure = _failure(saving)
         failures = [failure for failure in self._mesh.gather(failure) if failure is not None]
         if failures:
-            raise CheckpointError(failures[0])
+            raise SavingFailed(failures[0])
         logger.info("saved %s", saving.result())
 
     def close(self) -> None:

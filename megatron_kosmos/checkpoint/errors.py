@@ -8,6 +8,10 @@ class CheckpointError(RuntimeError):
     """A checkpoint could not be written, or does not fit what it is loaded into."""
 
 
+class SavingFailed(CheckpointError):
+    """A checkpoint could not be written while a run went on: a full disk, say. The run would get there again."""
+
+
 class DamagedCheckpointError(CheckpointError):
     """A checkpoint folder is unfinished or its bytes are not those that were written."""
 

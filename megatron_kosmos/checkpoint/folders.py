@@ -7,6 +7,9 @@ from pathlib import Path
 _COMPLETE = re.compile(r"step_(\d{8,})")
 _LEFTOVER = re.compile(r"\.step_\d{8,}\.(writing|removing)")
 
+CHECKPOINTS = "checkpoints"
+"""Folder of a run that holds its checkpoints."""
+
 LATEST_FILE = "latest"
 """Holds the name of the folder that was finished last."""
 

@@ -2,8 +2,9 @@
 
 from megatron_kosmos.config.data import AugmentationConfig, CorpusConfig, DataConfig
 from megatron_kosmos.config.errors import ConfigError
+from megatron_kosmos.config.health import HealthConfig
 from megatron_kosmos.config.kernels import KernelsConfig
-from megatron_kosmos.config.loader import load_config, parse_config, save_config
+from megatron_kosmos.config.loader import find_run_dir, load_config, parse_config, save_config
 from megatron_kosmos.config.model import (
     CrossAttentionConfig,
     DecoderConfig,
@@ -25,6 +26,7 @@ __all__ = [
     "DataConfig",
     "DecoderConfig",
     "EvaluationConfig",
+    "HealthConfig",
     "KernelsConfig",
     "LoggingConfig",
     "ModelConfig",
@@ -36,6 +38,7 @@ __all__ = [
     "RunConfig",
     "TrainingConfig",
     "VisionConfig",
+    "find_run_dir",
     "load_config",
     "parse_config",
     "save_config",

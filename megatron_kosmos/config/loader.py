@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,21 @@ def load_config(paths: Path | Sequence[Path], overrides: Sequence[str] = ()) -> 
             raise
         raise ConfigError(f"{origin}: {error}") from error
     return parse_config(values, origin)
+
+
+def find_run_dir(paths: Sequence[Path], overrides: Sequence[str] = ()) -> Path | None:
+    """Return the run's folder as far as it can be told from a configuration that `load_config` refuses."""
+    for override in reversed(overrides):
+        field, _, value = override.partition("=")
+        if field == "run_dir" and value:
+            return Path(value)
+    for path in reversed(paths):
+        with suppress(ConfigError):
+            tree = _read(path)
+            run_dir = tree.get("run_dir") if isinstance(tree, DictConfig) else None
+            if isinstance(run_dir, str):
+                return Path(run_dir)
+    return None
 
 
 def _read(path: Path) -> DictConfig | ListConfig:

@@ -8,6 +8,7 @@ from pydantic import NonNegativeInt, PositiveInt, model_validator
 from megatron_kosmos.config.base import StrictModel
 from megatron_kosmos.config.data import DataConfig
 from megatron_kosmos.config.errors import ConfigError
+from megatron_kosmos.config.health import HealthConfig
 from megatron_kosmos.config.kernels import KernelsConfig
 from megatron_kosmos.config.model import ModelConfig
 from megatron_kosmos.config.parallel import ParallelConfig
@@ -71,6 +72,7 @@ class RunConfig(StrictModel):
     logging: LoggingConfig = LoggingConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    health: HealthConfig = HealthConfig()
 
     @model_validator(mode="after")
     def _sections_agree(self) -> Self:

@@ -14,7 +14,7 @@ from megatron_kosmos.data.packing.report import PackingReport
 from megatron_kosmos.engine.checkpointing import CheckpointStore
 from megatron_kosmos.engine.costs import training_flops
 from megatron_kosmos.engine.train_step import StepRunner
-from megatron_kosmos.engine.trainer import StepReport
+from megatron_kosmos.engine.trainer import Callback, StepReport
 from megatron_kosmos.observability.flops import model_flops_utilization, peak_flops
 from megatron_kosmos.observability.metrics import MetricsWriter
 from megatron_kosmos.observability.progress import ProgressLine
@@ -23,31 +23,48 @@ from megatron_kosmos.prompt import SOURCE_KINDS
 logger = logging.getLogger(__name__)
 
 
-class Checkpointing:
-    """Saves at intervals and at the end."""
+class Checkpointing(Callback):
+    """Saves at intervals, at the end, and where the run is interrupted."""
 
-    def __init__(self, run: RunConfig, runner: StepRunner, store: CheckpointStore, state: Mapping[str, JSON]) -> None:
-        """`state` goes into every checkpoint's JSON. Raises CheckpointError on every rank alike."""
+    def __init__(
+        self, run: RunConfig, runner: StepRunner, store: CheckpointStore, state: Mapping[str, JSON], first_step: int = 0
+    ) -> None:
+        """`state` goes into every checkpoint's JSON; after `first_step` steps there is nothing new to save.
+
+        Raises CheckpointError on every rank alike.
+        """
+        self.saved_step = first_step
         self.every, self.is_asynchronous = run.checkpoint.every, run.checkpoint.asynchronous
         self.runner, self.state = runner, state
         self.saver = store.saver(runner.stage)
         logger.info("checkpoints: a copy in %s of host memory first", decimal(self.saver.background.num_bytes))
 
     def after_step(self, report: StepReport) -> None:
-        """Save if it is time to, and hear of the save that is under way. Raises CheckpointError on every rank alike."""
+        """Save if it is time to, and hear of the save that is under way. Raises SavingFailed on every rank alike."""
         with self.runner.timers.section("save"):
             self.saver.background.poll()
             if report.is_due(self.every):
-                self.saver.save(report.step, self.state)
+                self._save(report.step)
             if report.is_last or not self.is_asynchronous:
                 self.saver.background.wait()
+
+    def on_interruption(self, step: int) -> None:
+        """Have a whole checkpoint of this very step. Raises SavingFailed on every rank alike."""
+        with self.runner.timers.section("save"):
+            if self.saved_step != step:
+                self._save(step)
+            self.saver.background.wait()
+
+    def _save(self, step: int) -> None:
+        self.saver.save(step, self.state)
+        self.saved_step = step
 
     def close(self) -> None:
         """Wait for what is being written."""
         self.saver.background.close()
 
 
-class PackingMetrics:
+class PackingMetrics(Callback):
     """Puts what is known of the packing into the metrics; on rank 0, before `Metrics`."""
 
     def __init__(self, run: RunConfig, report: PackingReport) -> None:
@@ -59,11 +76,8 @@ class PackingMetrics:
         if report.is_due(self.every) or report.scalars:
             report.scalars.update(self.scalars)
 
-    def close(self) -> None:
-        """Nothing is open."""
 
-
-class Metrics:
+class Metrics(Callback):
     """Writes a step's numbers and moves the progress line; on rank 0."""
 
     def __init__(
@@ -111,7 +125,7 @@ class Metrics:
         self.writer.close()
 
 
-class Profiling:
+class Profiling(Callback):
     """Records steps with torch.profiler for TensorBoard's trace viewer."""
 
     def __init__(self, run: RunConfig, first_step: int, rank: int) -> None:

@@ -32,9 +32,6 @@ from megatron_kosmos.optim.adamw import MOMENTS
 from megatron_kosmos.optim.state import MASTER
 from megatron_kosmos.parallel.topology import Topology
 
-CHECKPOINTS = "checkpoints"
-"""Folder of a run that holds its checkpoints."""
-
 MODEL_PREFIX = "model/"
 """What weights are named under in a checkpoint, before their global names."""
 
@@ -159,7 +156,7 @@ class StageSaver:
     def save(self, step: int, state: Mapping[str, JSON]) -> None:
         """Copy what there is after `step` optimizer steps, with `state` for its JSON, and start to write it.
 
-        Waits for the save before it. Raises CheckpointError on every rank alike if that failed.
+        Waits for the save before it. Raises SavingFailed on every rank alike if that failed.
         """
         updates = self.stage.optimizer.state.updates
         self.background.save(step, self._tensors(), {**state, "step": step, "updates": updates, "version": __version__})

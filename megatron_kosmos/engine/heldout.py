@@ -16,7 +16,7 @@ from megatron_kosmos.data.loading.loader import ImageFormat, heldout_batches, he
 from megatron_kosmos.data.tokenization.tokenizer import KosmosTokenizer
 from megatron_kosmos.engine.reading import PLANS, failing_together, geometry_of, read_together
 from megatron_kosmos.engine.train_step import StepRunner
-from megatron_kosmos.engine.trainer import StepReport
+from megatron_kosmos.engine.trainer import Callback, StepReport
 from megatron_kosmos.observability.metrics import MetricsWriter
 
 
@@ -30,7 +30,7 @@ class Captioned(NamedTuple):
     generated: list[str]
 
 
-class HeldoutEvaluation:
+class HeldoutEvaluation(Callback):
     """Evaluates every so many steps and at the end; puts losses and exact matches into the step's metrics."""
 
     def __init__(self, run: RunConfig, runner: StepRunner, writer: MetricsWriter | None) -> None:
@@ -131,9 +131,6 @@ class HeldoutEvaluation:
             pictures.copy_(torch.stack([load_image(picture, size) for picture, _ in pairs]))
         dist.broadcast(pictures, group=topology.tp_group, group_src=0)
         return int(number), pictures.cpu(), [text for _, text in pairs]
-
-    def close(self) -> None:
-        """Nothing is open."""
 
 
 def _until(ids: list[int], end: int) -> list[int]:

@@ -13,14 +13,14 @@ from torch import Tensor
 from transformers import XLMRobertaTokenizer
 
 from megatron_kosmos import __version__
-from megatron_kosmos.checkpoint.folders import complete_folder
+from megatron_kosmos.checkpoint.folders import CHECKPOINTS, complete_folder
 from megatron_kosmos.checkpoint.write_tensors import TensorWriter
 from megatron_kosmos.config import RunConfig, load_config, parse_config
 from megatron_kosmos.data.errors import DataError
 from megatron_kosmos.data.tokenization.making import import_tokenizer
 from megatron_kosmos.data.tokenization.settings import SETTINGS_FILE
 from megatron_kosmos.data.tokenization.tokenizer import KosmosTokenizer
-from megatron_kosmos.engine.checkpointing import CHECKPOINTS, MODEL_PREFIX
+from megatron_kosmos.engine.checkpointing import MODEL_PREFIX
 from megatron_kosmos.engine.conversion import MAX_FILE_BYTES, ConversionError
 from megatron_kosmos.engine.resumption import differing_fields
 from megatron_kosmos.prompt import END_OF_IMAGE, IMAGE, LINE

@@ -18,10 +18,10 @@ from megatron_kosmos.checkpoint.figures import (
     tensor_figures,
     update_squares,
 )
-from megatron_kosmos.checkpoint.folders import complete_folder, finished_steps
+from megatron_kosmos.checkpoint.folders import CHECKPOINTS, complete_folder, finished_steps
 from megatron_kosmos.checkpoint.load import StoredTensors, read_state
 from megatron_kosmos.checkpoint.manifest import MANIFEST_FILE, STATE_FILE
-from megatron_kosmos.engine.checkpointing import CHECKPOINTS, MODEL_PREFIX, OPTIMIZER_PREFIX
+from megatron_kosmos.engine.checkpointing import MODEL_PREFIX, OPTIMIZER_PREFIX
 from megatron_kosmos.engine.trainable import PARTS, part_of
 from megatron_kosmos.optim.adamw import MOMENTS
 

@@ -14,7 +14,10 @@ from megatron_kosmos.batch import MultimodalBatch
 from megatron_kosmos.config import RunConfig
 from megatron_kosmos.data.errors import DataError
 from megatron_kosmos.data.loading.loader import BatchGeometry, RankPart
-from megatron_kosmos.parallel.agreement import shared_failure
+from megatron_kosmos.engine.interruption import Interrupted, Interruption
+from megatron_kosmos.observability.metrics import MetricsError
+from megatron_kosmos.observability.timers import Timers
+from megatron_kosmos.parallel.agreement import agree
 from megatron_kosmos.parallel.topology import Topology
 
 PLANS = "plans"
@@ -53,27 +56,42 @@ def needs_tokens(topology: Topology) -> bool:
 
 
 @contextmanager
-def failing_together(topology: Topology) -> Iterator[None]:
-    """Raise ReadingFailed on every rank when one raises DataError inside. A collective over all ranks at the end."""
-    failure = None
+def failing_together(
+    topology: Topology, interruption: Interruption | None = None, timers: Timers | None = None
+) -> Iterator[None]:
+    """Agree with all ranks, at the end of the block, on whether to go on (a collective over all ranks).
+
+    Raises, on every rank: ReadingFailed when one raised DataError or MetricsError inside, else Interrupted when one
+    was asked to stop. `timers` tells working from waiting for the others.
+    """
+    failure, timers = None, timers or Timers()
     try:
-        yield
-    except DataError as error:
+        with timers.section("data"):
+            yield
+    except (DataError, MetricsError) as error:
         failure = str(error)
-    message = shared_failure(failure, topology.device)
-    if message is not None:
-        raise ReadingFailed(message)
+    received = interruption.received if interruption is not None else None
+    with timers.section("wait"):
+        agreed = agree(failure, received is not None, topology.device)
+    if agreed.failure is not None:
+        raise ReadingFailed(agreed.failure)
+    if agreed.stopped_rank is not None:
+        asked = f"rank {agreed.stopped_rank} was asked to stop"
+        raise Interrupted(asked if received is None else f"asked to stop by {received.name}")
 
 
-def read_together(steps: Steps, topology: Topology) -> Steps:
+def read_together(
+    steps: Steps, topology: Topology, interruption: Interruption | None = None, timers: Timers | None = None
+) -> Steps:
     """Yield the steps that this rank's loader reads, with the tokens of its tensor group; closes the loader.
 
-    All ranks have as many steps. Raises ReadingFailed on every rank when the loader of one raises DataError.
+    All ranks have as many steps. Raises as `failing_together` when the loader of one raises DataError or one was asked
+    to stop; that step is then not taken.
     """
     with closing(steps):
         while True:
             step: list[MultimodalBatch] | None = None
-            with failing_together(topology):
+            with failing_together(topology, interruption, timers):
                 step = next(steps, None)
             if step is None:
                 return

@@ -19,6 +19,8 @@ from megatron_kosmos.config import RunConfig
 from megatron_kosmos.engine.stage import Stage
 from megatron_kosmos.model.kosmos import KosmosModel
 from megatron_kosmos.model.loss import TokenLosses
+from megatron_kosmos.observability.compute_timer import ComputeTimer
+from megatron_kosmos.observability.heartbeat import Heartbeat
 from megatron_kosmos.observability.timers import Timers
 from megatron_kosmos.parallel.randomness import seed_microbatch
 from megatron_kosmos.parallel.topology import Topology
@@ -55,14 +57,21 @@ class StepResult:
     learning_rate: float
     num_targets: int
     num_images: int
+    compute_seconds: float
+    """This rank's own forward and backward passes (`ComputeTimer`)."""
 
 
 class StepRunner:
     """Runs optimizer steps and evaluations of one rank's stage; every rank calls it alike."""
 
-    def __init__(self, run: RunConfig, stage: Stage, topology: Topology) -> None:
+    def __init__(self, run: RunConfig, stage: Stage, topology: Topology, heartbeat: Heartbeat | None = None) -> None:
+        """`heartbeat` hears what is being done."""
         self.run, self.stage, self.topology = run, stage, topology
-        self.timers = Timers()
+        self.heartbeat = heartbeat or Heartbeat()
+        self.timers = Timers(self.heartbeat)
+        self.compute_timer = ComputeTimer(topology.device)
+        for chunk in stage.chunks:
+            chunk.config.timers = self.compute_timer
         self._schedule = get_forward_backward_func(
             pp_size=topology.pp_size, vp_size=topology.virtual_size if topology.virtual_size > 1 else None
         )
@@ -77,20 +86,23 @@ class StepRunner:
             chunk.train()
         scale = len(microbatches) * self.topology.dp_size / max(1, num_targets)
         with self.timers.section("forward_backward"):
+            self.compute_timer.collect()  # what an evaluation left
             outputs = self._run_schedule(microbatches, self._forward_step(step, scale), forward_only=False)
             sums = self._reduce(outputs)
+            compute_seconds = self.compute_timer.collect()
         if num_targets == 0:
             self.stage.optimizer.drop_gradients()
-            return StepResult(sums, 0.0, 0.0, 0, num_images)
+            return StepResult(sums, 0.0, 0.0, 0, num_images, compute_seconds)
         with self.timers.section("finalize"):
             self.stage.optimizer.finalize()
         with self.timers.section("step"):
             grad_norm, learning_rate = self.stage.optimizer.step(step)
-        return StepResult(sums, grad_norm, learning_rate, num_targets, num_images)
+        return StepResult(sums, grad_norm, learning_rate, num_targets, num_images, compute_seconds)
 
     @torch.no_grad()
     def evaluate(self, microbatches: Sequence[MultimodalBatch]) -> LossSums:
         """Return the losses of `microbatches` without dropout, over all data ranks."""
+        self.heartbeat.advance()
         for chunk in self.stage.chunks:
             chunk.eval()
         return self._reduce(self._run_schedule(microbatches, self._forward_step(0, 1.0), forward_only=True))
@@ -101,6 +113,7 @@ class StepRunner:
 
         All ranks pass the same batch, with all images. Broadcast from the last stage.
         """
+        self.heartbeat.advance()
         batch = batch.for_tensor_rank(self.topology.tp_rank, self.topology.tp_size)
         for chunk in self.stage.chunks:
             chunk.eval()

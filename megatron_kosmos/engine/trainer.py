@@ -1,14 +1,17 @@
 """The training loop. The trainer owns time; everything that is not an optimizer step is a callback's."""
 
+import logging
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
 
 from megatron_kosmos.batch import MultimodalBatch
 from megatron_kosmos.config import RunConfig
+from megatron_kosmos.engine.interruption import Interrupted
 from megatron_kosmos.engine.train_step import StepResult, StepRunner
 from megatron_kosmos.observability.metrics import Scalar
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -29,11 +32,14 @@ class StepReport:
         return self.is_last or (every > 0 and self.step % every == 0)
 
 
-class Callback(Protocol):
+class Callback:
     """Something that happens beside the training; called on every rank, in the order of the list."""
 
     def after_step(self, report: StepReport) -> None:
         """React to a finished step."""
+
+    def on_interruption(self, step: int) -> None:
+        """React to the end of the run after so many steps, before its last."""
 
     def close(self) -> None:
         """Put away what is open; called once, also after an error."""
@@ -46,17 +52,32 @@ class Trainer:
         self.run, self.runner, self.callbacks = run, runner, callbacks
 
     def train(self, first_step: int, batches: Iterator[list[MultimodalBatch]]) -> None:
-        """Take every step from `first_step` (steps done so far) to the last; `batches` begins with that step's."""
-        num_steps = self.run.training.steps
+        """Take every step from `first_step` (steps done so far) to the last; `batches` begins with that step's.
+
+        Raises Interrupted when `batches` does, once every callback has heard of it.
+        """
         try:
-            for step in range(first_step, num_steps):
+            for step in range(first_step, self.run.training.steps):
                 started = time.perf_counter()
-                with self.runner.timers.section("data"):
-                    microbatches = next(batches)
-                result = self.runner.train(step, microbatches)
-                report = StepReport(step + 1, step + 1 == num_steps, result, time.perf_counter() - started)
-                for callback in self.callbacks:
-                    callback.after_step(report)
+                microbatches = self._next(batches, step)
+                self._step(step, microbatches, started)
         finally:
             for callback in self.callbacks:
                 callback.close()
+
+    def _next(self, batches: Iterator[list[MultimodalBatch]], step: int) -> list[MultimodalBatch]:
+        try:
+            return next(batches)
+        except Interrupted as interrupted:
+            logger.info("%s: stopping after step %d", interrupted, step)
+            for callback in self.callbacks:
+                callback.on_interruption(step)
+            raise Interrupted(f"{interrupted}; stopped after step {step} of {self.run.training.steps}") from None
+
+    def _step(self, step: int, microbatches: list[MultimodalBatch], started: float) -> None:
+        result = self.runner.train(step, microbatches)
+        seconds = time.perf_counter() - started
+        self.runner.heartbeat.finish_step(step + 1)
+        report = StepReport(step + 1, step + 1 == self.run.training.steps, result, seconds)
+        for callback in self.callbacks:
+            callback.after_step(report)

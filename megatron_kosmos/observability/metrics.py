@@ -30,7 +30,7 @@ GROUPS: Final = {
     "images_per_second": "speed/images_per_second",
     "mfu": "speed/mfu",
 }
-GROUP_PREFIXES: Final = ("loss", "heldout", "seconds")
+GROUP_PREFIXES: Final = ("loss", "heldout", "seconds", "rank")
 
 
 def tensorboard_tag(name: str) -> str:
@@ -41,11 +41,16 @@ def tensorboard_tag(name: str) -> str:
     return f"{group}/{rest}" if rest and group in GROUP_PREFIXES else f"other/{name}"
 
 
+class MetricsError(ValueError):
+    """A run's metrics that cannot be gone on with; the message names file and line."""
+
+
 class MetricsWriter:
     """Writes run_dir/metrics.jsonl and run_dir/tensorboard; on rank 0 only.
 
     `first_step` is the first step that this process will write. What an earlier process wrote at or after it, having
     gone on after its last checkpoint, is dropped from both, so that a resumed run's series has every step once.
+    Raises MetricsError where what is there is damaged.
     """
 
     def __init__(self, run_dir: Path, first_step: int = 0) -> None:
@@ -105,12 +110,12 @@ class MetricsWriter:
 def drop_steps_from(path: Path, first_step: int) -> int:
     """Rewrite the metrics at `path` without the steps from `first_step` on; return the last step kept, or -1.
 
-    A last line that a killed process left unfinished is dropped too. A broken line before it raises ValueError, with
+    A last line that a killed process left unfinished is dropped too. A broken line before it raises MetricsError, with
     its number, and leaves the file as it is.
     """
     if not path.exists():
         return -1
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    lines = path.read_text(encoding="utf-8", errors="backslashreplace").splitlines(keepends=True)
     if lines and not lines[-1].endswith("\n"):
         lines.pop()
     kept, last_step = [], -1
@@ -118,7 +123,7 @@ def drop_steps_from(path: Path, first_step: int) -> int:
         try:
             step = int(json.loads(line)["step"])
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path}:{number} is not a line of metrics ({error}); move the file away") from error
+            raise MetricsError(f"{path}:{number} is not a line of metrics ({error}); move the file away") from error
         if step < first_step:
             kept.append(line)
             last_step = step

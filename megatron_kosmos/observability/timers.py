@@ -5,7 +5,10 @@ from contextlib import contextmanager
 from time import perf_counter
 from typing import Final, Literal, get_args
 
-Section = Literal["data", "forward_backward", "finalize", "step", "evaluate", "save"]
+from megatron_kosmos.observability.heartbeat import Heartbeat
+
+Section = Literal["data", "wait", "forward_backward", "finalize", "step", "evaluate", "save"]
+BETWEEN: Final = "between sections"
 SECTIONS: Final[tuple[Section, ...]] = get_args(Section)
 
 
@@ -16,16 +19,20 @@ class Timers:
     waits for a result: the sections add up to the step, but a kernel's time may show in a later section.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, heartbeat: Heartbeat | None = None) -> None:
+        """Sections are also told to the `heartbeat`."""
+        self._heartbeat = heartbeat or Heartbeat()
         self._seconds: dict[Section, float] = {}
 
     @contextmanager
     def section(self, name: Section) -> Iterator[None]:
         """Add the time inside the `with` block to `name`, also when the block raises."""
         start = perf_counter()
+        self._heartbeat.enter(name)
         try:
             yield
         finally:
+            self._heartbeat.enter(BETWEEN)
             self._seconds[name] = self._seconds.get(name, 0.0) + perf_counter() - start
 
     def collect(self) -> dict[str, float]:

@@ -16,7 +16,7 @@ from megatron_kosmos.data.corpora.image_store import ImageStore
 from megatron_kosmos.data.loading.loader import ImageFormat, StepLoader
 from megatron_kosmos.engine.reading import ReadingFailed, geometry_of, read_together
 from megatron_kosmos.engine.run import train
-from megatron_kosmos.parallel.agreement import shared_failure
+from megatron_kosmos.parallel.agreement import agree
 from megatron_kosmos.parallel.topology import Topology, build_topology
 from megatron_kosmos.prompt import SourceKind
 from tests.distributed.harness import run_ranks
@@ -173,7 +173,7 @@ def test_what_one_rank_cannot_open_ends_all(make_run: MakeRun, tmp_path: Path, p
 
 def fail_on(ranks: tuple[int, ...], rank_messages: tuple[str, ...]) -> str | None:
     rank = torch.distributed.get_rank()
-    return shared_failure(rank_messages[rank] if rank in ranks else None, CPU)
+    return agree(rank_messages[rank] if rank in ranks else None, False, CPU).failure
 
 
 @pytest.mark.parametrize("ranks, expected", [((), None), ((2,), r"rank 2: défaut \udcff.jsonl"), ((1, 2), "rank 1: b")])
