@@ -72,6 +72,7 @@ class Life:
             output = os.open(self._output(rank), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             os.dup2(output, 1)
             os.dup2(output, 2)
+            sys.stdout = sys.stderr = open(1, "w", buffering=1)  # noqa: SIM115 (pytest has put others there)
             os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(RANKS))
             os.environ.update(LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(RANKS))
             torch.set_num_threads(1)
@@ -94,11 +95,11 @@ class Life:
     def train_steps(self, number: int) -> bool:
         """Wait until so many steps are done; return whether all ranks are still there."""
         while self._inode() == self.metrics_before:  # a run that starts writes its metrics anew
-            if not self._is_alive():
+            if not self.is_alive():
                 return False
         goal = len(series(self.run_dir)) + number
         while len(series(self.run_dir)) < goal:
-            if not self._is_alive():
+            if not self.is_alive():
                 return False
         return True
 
@@ -106,7 +107,7 @@ class Life:
         """Wait until so many saves have begun to write; return whether all ranks are still there."""
         begun = self._folders_being_written()
         while number:
-            if not self._is_alive():
+            if not self.is_alive():
                 return False
             being_written = self._folders_being_written()
             number = max(0, number - len(being_written - begun))
@@ -124,7 +125,8 @@ class Life:
             time.sleep(draw.choice((0, 0.002, 0.02)))
         self.finish()
 
-    def _is_alive(self) -> bool:
+    def is_alive(self) -> bool:
+        """Whether all ranks are still there; takes a moment."""
         time.sleep(0.002)
         ended = [os.waitid(os.P_PID, rank, os.WEXITED | os.WNOHANG | os.WNOWAIT) for rank in self.ranks]
         return not any(ended)
@@ -142,6 +144,11 @@ class Life:
     def _inode(self) -> int | None:
         metrics = self.run_dir / "metrics.jsonl"
         return metrics.stat().st_ino if metrics.exists() else None
+
+
+def children(process: int) -> list[int]:
+    """Return the child processes of one."""
+    return [int(child) for child in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
 
 
 def series(run_dir: Path) -> list[tuple[float, ...]]:
