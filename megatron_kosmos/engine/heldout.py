@@ -12,7 +12,7 @@ from torch import Tensor
 from megatron_kosmos.batch import MultimodalBatch
 from megatron_kosmos.config import RunConfig
 from megatron_kosmos.data.images.transform import load_image
-from megatron_kosmos.data.loading.loader import ImageFormat, heldout_batches, heldout_captions
+from megatron_kosmos.data.loading.loader import ImageFormat, check_heldout, heldout_batches, heldout_captions
 from megatron_kosmos.data.tokenization.tokenizer import KosmosTokenizer
 from megatron_kosmos.engine.reading import PLANS, failing_together, geometry_of, read_together
 from megatron_kosmos.engine.train_step import StepRunner
@@ -36,7 +36,7 @@ class HeldoutEvaluation(Callback):
     def __init__(self, run: RunConfig, runner: StepRunner, writer: MetricsWriter | None) -> None:
         """`writer`, on rank 0, gets the captioned pictures. A collective over all ranks.
 
-        Raises ReadingFailed, on every rank, for pictures that one cannot read.
+        Raises ReadingFailed, on every rank, for corpora or pictures that one cannot read.
         """
         self.run, self.runner, self.writer = run, runner, writer
         self.images = ImageFormat(run.model.resampler.num_latents, run.model.vision.image_size)
@@ -115,6 +115,7 @@ class HeldoutEvaluation(Callback):
         corpora = [corpus for corpus in self.run.data.heldout if corpus.kind == "caption"]
         reads = topology.is_first_stage and topology.tp_rank == 0
         with failing_together(topology):
+            check_heldout(self.run.data, self.images, self.plan_folder)
             pairs = [
                 pair
                 for corpus in corpora

@@ -20,7 +20,7 @@ CPU = torch.device("cpu")
 
 
 def report_rank(parallel: dict[str, Any]) -> tuple[list[dict[str, Any]], float, float]:
-    """Return what is reported of made-up seconds, and of a real step those of computing and of the section around it."""
+    """Return what is reported of made-up seconds, and of a real step those of computing and of its section."""
     run = tiny_run(logging__metrics_every=2, **parallel)
     topology = build_topology(run.parallel, CPU)
     runner = StepRunner(run, build_stage(run, topology)[0], topology)

@@ -34,8 +34,6 @@ from megatron_kosmos.data.packing.report import CorpusPacking, PackingReport
 from megatron_kosmos.data.packing.row_format import RowFormat
 from megatron_kosmos.data.tokenization.tokenizer import KosmosTokenizer
 
-__all__ = ["BatchGeometry", "ImageFormat", "RankPart", "StepLoader", "heldout_batches", "heldout_captions"]
-
 logger = logging.getLogger(__name__)
 
 PREFETCH = 2
@@ -175,6 +173,12 @@ def heldout_batches(
     microbatches = _Microbatches(rows, geometry, _collator(data, images, [packer], part))
     for step in _read_steps(microbatches, range(num_steps), data.num_workers if part.images else 0):
         yield [microbatch.unwrap() for microbatch in step]
+
+
+def check_heldout(data: DataConfig, images: ImageFormat, plan_folder: Path | None = None) -> None:
+    """Raise DataError, rather than at the first evaluation, for a held-out corpus that has nothing to evaluate on."""
+    for corpus in data.heldout:
+        _open_packer(data, corpus, images, RankPart(), ("heldout", plan_folder))
 
 
 def heldout_captions(

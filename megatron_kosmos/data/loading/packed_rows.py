@@ -54,12 +54,15 @@ class Packer:
     ) -> None:
         """Take the corpus, or `documents` of it, sorted. Rows hold no tokens unless the packer `reads_tokens`.
 
-        Raises DataError for a document whose pictures don't fit a row, unless `skip_misfits` leaves it out.
+        Raises DataError for no documents at all, and for one whose pictures don't fit a row, unless `skip_misfits`
+        leaves it out.
         """
         self.corpus, self._format, self._tokenizer = corpus, row_format, tokenizer
         self._reads_tokens = reads_tokens
         self._documents, self.num_misfits = documents, 0
         """Documents that are left out because they have too many pictures for a row."""
+        if len(corpus if documents is None else documents) == 0:
+            raise DataError(f"{corpus.prefix} has no documents: nothing can be read of it; prepare it again")
         # Arrays over all documents are made only to plan: a process that finds its plan does without their memory.
         if corpus.max_images > row_format.max_images:
             self._leave_out_misfits(skip_misfits)

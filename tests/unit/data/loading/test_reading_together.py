@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from megatron_kosmos.batch import MultimodalBatch
-from megatron_kosmos.config import CorpusConfig, RunConfig
+from megatron_kosmos.config import ConfigError, CorpusConfig, RunConfig
 from megatron_kosmos.data.corpora.image_store import ImageStore
 from megatron_kosmos.data.loading.loader import ImageFormat, StepLoader
+from megatron_kosmos.engine.preflight import check_before_start
 from megatron_kosmos.engine.reading import ReadingFailed, geometry_of, read_together
 from megatron_kosmos.engine.run import train
 from megatron_kosmos.parallel.agreement import agree
@@ -169,6 +170,39 @@ def test_what_one_rank_cannot_open_ends_all(make_run: MakeRun, tmp_path: Path, p
     first, second = run_ranks(train_with_a_bad_disk, 2, make_run("bad", {}, **changes), spoilt, timeout_seconds=60)
     assert first == second
     assert re.match(message, str(first))
+
+
+def test_broken_metrics_end_all_before_they_are_touched(make_run: MakeRun) -> None:
+    run = make_run("run", {})
+    run.run_dir.mkdir()
+    (run.run_dir / "metrics.jsonl").write_text('{"step": 1}\n{"step": \n{"step": 3}\n')
+    first, second = run_ranks(train_rank, 2, run, timeout_seconds=60)
+    assert first == second
+    assert re.match(r"rank 0: .*metrics\.jsonl:2 is not a line of metrics .*; move the file away", str(first))
+    assert len((run.run_dir / "metrics.jsonl").read_text().splitlines()) == 3
+
+
+def test_held_out_corpora_without_documents_end_all_before_the_first_step(make_run: MakeRun) -> None:
+    one = make_run("one", {})
+    text = one.data.train[0].model_dump() | {"heldout_fraction": 1e-9}
+    run = make_run("run", {}, data=one.data.model_dump() | {"heldout": [text]})
+    first, second = run_ranks(train_rank, 2, run, timeout_seconds=60)
+    assert first == second
+    assert re.match(r"rank 0: .* leaves none of its 30 documents for data\.heldout", str(first))
+    assert (run.run_dir / "metrics.jsonl").read_text() == ""
+
+
+@pytest.mark.parametrize("num_words, is_refused", [(2, False), (64, True)])
+def test_a_prompt_of_captions_leaves_room_for_them(make_run: MakeRun, num_words: int, is_refused: bool) -> None:
+    one = make_run("one", {})
+    data = one.data.model_dump() | {"heldout": [one.data.train[1].model_dump() | {"heldout_fraction": 0.2}]}
+    data["train"][1]["heldout_fraction"] = 0.2
+    run = make_run("run", {}, data=data, evaluation__caption_prompt="word " * num_words)
+    if not is_refused:
+        check_before_start(run, 1)
+        return
+    with pytest.raises(ConfigError, match=r"evaluation.caption_prompt is \d+ tokens .* data.sequence_length=64"):
+        check_before_start(run, 1)
 
 
 def fail_on(ranks: tuple[int, ...], rank_messages: tuple[str, ...]) -> str | None:

@@ -143,6 +143,12 @@ def test_when_no_document_fits_there_is_nothing_to_skip_to(tokenizer: KosmosToke
         Packer(corpus, RowFormat(sequence_length=8, num_latents=7), tokenizer, skip_misfits=True)
 
 
+def test_a_corpus_without_documents_is_refused(tokenizer: KosmosTokenizer, tmp_path: Path) -> None:
+    corpus = make_corpus(tmp_path, "text", [[10]], tokenizer)
+    with pytest.raises(DataError, match="has no documents"):
+        Packer(corpus, RowFormat(sequence_length=8, num_latents=2), tokenizer, True, np.zeros(0, dtype=np.int64))
+
+
 @given(
     gaps=st.lists(st.tuples(st.integers(0, 30), st.integers(1, 9)), max_size=40),
     tail=st.integers(0, 30),
