@@ -151,6 +151,14 @@ def children(process: int) -> list[int]:
     return [int(child) for child in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
 
 
+def is_running(process: int) -> bool:
+    """Whether a process is there, and not only its exit code."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(") ")[2][0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
 def series(run_dir: Path) -> list[tuple[float, ...]]:
     """Step, loss, gradient norm and learning rate of every complete line of the metrics."""
     lines = (run_dir / "metrics.jsonl").read_text().split("\n")[:-1]

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from megatron_kosmos.engine.ending import read_ending
-from tests.end_to_end.lives import RANKS, Life, children, prepare_settings, series
+from tests.end_to_end.lives import RANKS, Life, children, is_running, prepare_settings, series
 
 pytestmark = pytest.mark.distributed
 
@@ -60,11 +60,3 @@ def test_a_loader_that_never_returns_is_found(settings: list[str], tmp_path: Pat
     assert "data/loading/loader.py" in (run_dir / "hang" / "rank_00001.txt").read_text()
     assert "parallel/agreement.py" in (run_dir / "hang" / "rank_00000.txt").read_text()
     assert not [worker for worker in workers if is_running(worker)]
-
-
-def is_running(process: int) -> bool:
-    """Whether a process is there, and not only its exit code."""
-    try:
-        return Path(f"/proc/{process}/stat").read_text().rpartition(") ")[2][0] != "Z"
-    except FileNotFoundError:
-        return False
