@@ -83,25 +83,28 @@ class Watchdog:
             time.sleep(self.period)
 
     def _report(self, idle: float) -> None:
-        """Raise the alarm, write this rank's stacks, wait for the others' and say who is to blame."""
         here = self._here(idle)
-        logger.error("no progress for %.0f s: %s", idle, here)
+        try:
+            self._report_into_files(here)
+        except OSError as error:
+            self._say(f"no progress for {idle:.0f} s: {here}; nothing more is known, for {error}")
+
+    def _report_into_files(self, here: RankReport) -> None:
+        """Raise the alarm, write this rank's stacks, wait for the others' and say who is to blame."""
         self.folder.mkdir(parents=True, exist_ok=True)
         if self._is_joined.is_set():
             _write_whole(self._alarm_path, str(self._start_number))
         self._write_stacks(here)
         if not self._is_joined.is_set():
-            self._say(
-                f"rank {self.rank} made no progress for {idle:.0f} s at its start, before it met the others: {here}"
-            )
+            self._say(f"no progress for {here.idle_seconds:.0f} s, before the ranks have met: {here}")
             return
         reports = self._wait_for_reports(max(LONGEST_PERIOD, 6 * self.period))
         beats = {rank: RankReport.read(self._beat_path(rank)) for rank in range(self._num_ranks)}
         message = verdict(reports, beats)
-        logger.error("%s", message)
         if self.rank == min(reports):
             _write_whole(self.folder / "summary.txt", f"{datetime.now():%Y-%m-%d %H:%M:%S}\n{message}\n")
             self._say(message)
+        logger.error("%s", message)  # at last: the main thread may stand still with the lock of the logs
 
     def _wait_for_reports(self, seconds: float) -> Mapping[int, RankReport]:
         """Return what each rank has written since the alarm, once all have or the time is over."""

@@ -16,9 +16,9 @@ HUNG = 70
 
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Overrides for a tiny run that waits for no more than four seconds."""
+    """Overrides for a tiny run that waits for no more than eight seconds."""
     settings = prepare_settings(tmp_path_factory.mktemp("data"))
-    return [*settings, "data.num_workers=1", "health.watchdog_seconds=4", "training.steps=1000000"]
+    return [*settings, "data.num_workers=1", "health.watchdog_seconds=8", "training.steps=1000000"]
 
 
 def test_a_frozen_rank_is_named_and_the_others_end(settings: list[str], tmp_path: Path) -> None:
@@ -41,7 +41,7 @@ def test_a_frozen_rank_is_named_and_the_others_end(settings: list[str], tmp_path
     assert read_ending(run_dir) is None
 
     before = len(series(run_dir))
-    life = Life(run_dir, [*settings, f"training.steps={before + 1}"])
+    life = Life(run_dir, [*settings, "health.watchdog_seconds=60", f"training.steps={before + 1}"])
     assert life.finish() == [0] * RANKS, life.said(0)  # what the hang has left does not bother it
     assert len(series(run_dir)) == before + 1
 

@@ -7,7 +7,7 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from megatron_kosmos.config import ConfigError, RunConfig, load_config, parse_config, save_config
+from megatron_kosmos.config import ConfigError, RunConfig, find_run_dir, load_config, parse_config, save_config
 
 PRESETS = sorted((Path(__file__).parents[3] / "configs").glob("*.yaml"))
 
@@ -277,3 +277,14 @@ def test_a_broken_file_is_a_config_error(tmp_path: Path, content: str) -> None:
 def test_a_path_that_is_no_file_is_a_config_error(tmp_path: Path, path: str) -> None:
     with pytest.raises(ConfigError, match="no configuration at"):
         load_config(tmp_path / path)
+
+
+def test_the_folder_of_a_run_is_known_though_its_configuration_is_bad(tmp_path: Path) -> None:
+    """A script that started it looks there for how it ended."""
+    one, two, broken = (tmp_path / name for name in ("one.yaml", "two.yaml", "broken.yaml"))
+    one.write_text("run_dir: runs/one\ntraining: {steps: many}\n")
+    two.write_text("trainin: {}\n")
+    broken.write_text("run_dir: [\n")
+    assert find_run_dir([one, two, broken]) == Path("runs/one")
+    assert find_run_dir([one], ["run_dir=a", "training.steps=x", "run_dir=b"]) == Path("b")
+    assert find_run_dir([two, broken, tmp_path / "nowhere.yaml"], ["training.steps"]) is None
