@@ -13,7 +13,7 @@ from megatron_kosmos.checkpoint.folders import finished_steps
 from megatron_kosmos.engine.ending import read_ending
 from tests.end_to_end.lives import CONFIG, RANKS, children, is_running, prepare_settings, series
 
-pytestmark = [pytest.mark.distributed, pytest.mark.nightly]
+pytestmark = [pytest.mark.distributed, pytest.mark.nightly, pytest.mark.timeout(600)]
 
 
 @pytest.fixture(scope="module")
