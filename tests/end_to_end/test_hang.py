@@ -18,7 +18,13 @@ HUNG = 70
 def settings(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """Overrides for a tiny run that waits for no more than eight seconds."""
     settings = prepare_settings(tmp_path_factory.mktemp("data"))
-    return [*settings, "data.num_workers=1", "health.watchdog_seconds=8", "training.steps=1000000"]
+    return [
+        *settings,
+        "checkpoint.every=0",
+        "data.num_workers=1",
+        "health.watchdog_seconds=8",
+        "training.steps=1000000",
+    ]
 
 
 def test_a_frozen_rank_is_named_and_the_others_end(settings: list[str], tmp_path: Path) -> None:
