@@ -68,6 +68,7 @@ class Watchdog:
         reporting = Thread(target=self._report, args=(idle,), name="watchdog report", daemon=True)
         reporting.start()
         reporting.join(REPORT_SECONDS)
+        time.sleep(2 * self.period)  # the first to go breaks the others' connections: not before they too have spoken
         os._exit(EXIT_CODE)
 
     def _talk(self) -> None:

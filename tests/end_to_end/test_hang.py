@@ -58,7 +58,9 @@ def test_a_loader_that_never_returns_is_found(settings: list[str], tmp_path: Pat
     assert life.train_steps(2)
     workers = [child for rank in life.ranks for child in children(rank)]
     os.kill(children(life.ranks[1])[0], signal.SIGSTOP)
-    assert life.finish() == [HUNG] * RANKS
+    codes = life.finish()
+    assert HUNG in codes, life.said(0) + life.said(1)
+    assert set(codes) <= {HUNG, 1}  # 1: a connection broke when the other was gone
     assert "suspect is what is behind the others" in life.said(0)
     assert f"rank 1 ({os.uname().nodename}, pid {life.ranks[1]}) in step" in life.said(0)
     assert "data\n" in life.said(0)
