@@ -1,6 +1,7 @@
 """Causal self-attention inside megatron-core's layer: xPos, then the kernel that the run has chosen.
 
-Shape letters: T tokens, B batch, H this rank's heads, G its query groups, K head size, N = B * T.
+Shape letters: T tokens, B batch, H this rank's heads, G its query groups, K head size, N = B * T,
+C tokens cached and of this call.
 """
 
 from contextlib import AbstractContextManager, nullcontext
@@ -12,6 +13,7 @@ from megatron.core.transformer.dot_product_attention import DotProductAttention
 from torch import Tensor, nn
 
 from megatron_kosmos.model.blocked_attention import causal_attention_with_dropout
+from megatron_kosmos.model.cached_tokens import CachedTokens
 from megatron_kosmos.model.documents import Segments, attend_within
 from megatron_kosmos.model.magneto_config import MagnetoConfig
 from megatron_kosmos.model.xpos import XPos
@@ -20,11 +22,11 @@ from megatron_kosmos.model.xpos import XPos
 class CausalAttention(nn.Module):
     """Core attention of one decoder layer, from split heads to joined heads."""
 
-    def __init__(self, config: MagnetoConfig, xpos: XPos | None, **layer: Any) -> None:
-        """`layer` is what megatron-core's SelfAttention tells its core attention."""
+    def __init__(self, config: MagnetoConfig, xpos: XPos | None, layer_number: int = 1, **layer: Any) -> None:
+        """`layer_number`, from 1, and `layer` are what megatron-core's SelfAttention tells its core attention."""
         super().__init__()
-        self.xpos = xpos
-        self.kernel = _KERNELS[config.kernels.attention](config, **layer)
+        self.xpos, self.layer_index = xpos, layer_number - 1
+        self.kernel = _KERNELS[config.kernels.attention](config, layer_number=layer_number, **layer)
 
     def forward(
         self,
@@ -32,19 +34,31 @@ class CausalAttention(nn.Module):
         key: Tensor,
         value: Tensor,
         attention_mask: Tensor | None,
-        packed_seq_params: Segments | None = None,
+        packed_seq_params: Segments | CachedTokens | None = None,
         **_: Any,
     ) -> Tensor:
         """Attend. query [T, B, H, K], key and value [T, B, G, K]; returns [T, B, H * K].
 
         `attention_mask` is megatron-core's and not used: attention is causal over the whole sequence, or within each of
         the segments that megatron-core hands on as `packed_seq_params`. xPos need not start anew with a segment, since
-        scores depend on distances alone.
+        scores depend on distances alone. In generation megatron-core hands on `CachedTokens` instead.
         """
+        if isinstance(packed_seq_params, CachedTokens):
+            return self._attend_cached(query, key, value, packed_seq_params)
         if self.xpos is not None:
             query, key = self.xpos(query, key)
         context: Tensor = self.kernel(query, key, value, packed_seq_params)
         return context
+
+    def _attend_cached(self, query: Tensor, key: Tensor, value: Tensor, tokens: CachedTokens) -> Tensor:
+        """Attend to the cached tokens and this call's, by torch's kernel; keys are kept rotated (decision 9)."""
+        if self.xpos is not None:
+            query, key = self.xpos(query, key, tokens.position_ids)
+        q_BHTK, k_BGTK, v_BGTK = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+        if tokens.cache is not None:
+            k_BGTK, v_BGTK = tokens.cache.update(k_BGTK, v_BGTK, self.layer_index)
+        is_causal = tokens.is_visible is None and len(query) > 1
+        return _attend_heads(q_BHTK, k_BGTK, v_BGTK, attn_mask=tokens.is_visible, is_causal=is_causal)
 
 
 class SdpaAttention(nn.Module):
@@ -66,17 +80,11 @@ class SdpaAttention(nn.Module):
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Return [T, B, H * K], causal over the T tokens."""
-        length, batch = query.shape[:2]
-        q_BHTK, k_BGTK, v_BGTK = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+        heads = [x.permute(1, 2, 0, 3) for x in (query, key, value)]
         dropout = self.dropout if self.training else 0.0
         if dropout and not query.is_cuda:
-            context_BHTK = causal_attention_with_dropout(q_BHTK, k_BGTK, v_BGTK, dropout)
-        else:
-            enable_gqa = q_BHTK.shape[1] != k_BGTK.shape[1]
-            context_BHTK = F.scaled_dot_product_attention(
-                q_BHTK, k_BGTK, v_BGTK, dropout_p=dropout, is_causal=True, enable_gqa=enable_gqa
-            )
-        return context_BHTK.permute(2, 0, 1, 3).reshape(length, batch, -1)
+            return _joined(causal_attention_with_dropout(*heads, dropout))
+        return _attend_heads(*heads, dropout_p=dropout, is_causal=True)
 
 
 class FlashAttention(nn.Module):
@@ -142,6 +150,17 @@ class UnfusedAttention(DotProductAttention):
 
 
 _KERNELS: dict[str, type[nn.Module]] = {"sdpa": SdpaAttention, "flash": FlashAttention, "unfused": UnfusedAttention}
+
+
+def _attend_heads(q_BHTK: Tensor, k_BGCK: Tensor, v_BGCK: Tensor, **options: Any) -> Tensor:
+    """Return [T, B, H * K] of torch's scaled-dot-product attention with its `options`."""
+    is_grouped = q_BHTK.shape[1] != k_BGCK.shape[1]
+    context_BHTK = F.scaled_dot_product_attention(q_BHTK, k_BGCK, v_BGCK, enable_gqa=is_grouped, **options)
+    return _joined(context_BHTK)
+
+
+def _joined(context_BHTK: Tensor) -> Tensor:
+    return context_BHTK.permute(2, 0, 1, 3).flatten(2)
 
 
 def _stream_of_heads(config: MagnetoConfig) -> AbstractContextManager[None]:

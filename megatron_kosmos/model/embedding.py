@@ -43,6 +43,10 @@ class SplicedEmbedding(nn.Module):
         """
         hidden_BTD = self.word_embeddings(input_ids_BT)
         hidden_BTD = splice(hidden_BTD, images_ILD.to(hidden_BTD.dtype), image_positions)
+        return self.add_positions(hidden_BTD, position_ids_BT)
+
+    def add_positions(self, hidden_BTD: Tensor, position_ids_BT: Tensor) -> Tensor:
+        """Return what `forward` makes of tokens with their images spliced in [B, T, D]."""
         if self.scale != 1.0:
             hidden_BTD = hidden_BTD * self.scale
         if self.position_embeddings is not None:

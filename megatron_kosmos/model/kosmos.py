@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from megatron_kosmos.batch import MultimodalBatch
 from megatron_kosmos.config import CrossAttentionConfig, ModelConfig
+from megatron_kosmos.model.cached_tokens import CachedTokens
 from megatron_kosmos.model.cross_attention import CrossAttentionResampler
 from megatron_kosmos.model.documents import segments_of
 from megatron_kosmos.model.embedding import SplicedEmbedding
@@ -86,21 +87,46 @@ class KosmosModel(MegatronModule):
         hidden_TBD = self._decode(batch)
         if not self.chunk.is_last:
             return hidden_TBD
-        decoder = self.model_config.decoder
-        shares_embedding = decoder.tie_embeddings and self.chunk.is_first
-        weight = self.embedding.word_embeddings.weight if shares_embedding else None
-        if logits_of is None:
-            losses: TokenLosses = self.output_layer(hidden_TBD, weight, targets=(batch.labels, batch.loss_mask))
-            return losses
-        logits_TBV = self.output_layer(hidden_TBD, weight, columns=logits_of)
-        if self.topology.tp_size > 1:
-            logits_TBV = gather_from_tensor_model_parallel_region(logits_TBV)
-        return logits_TBV.transpose(0, 1)[..., : decoder.vocab_size]
+        if logits_of is not None:
+            return self.gathered_logits(hidden_TBD, logits_of)
+        targets = batch.labels, batch.loss_mask
+        losses: TokenLosses = self.output_layer(hidden_TBD, self._tied_weight(), targets=targets)
+        return losses
 
     def logits(self, batch: MultimodalBatch) -> Tensor:
         """Return the logits [B, T, V] of a model that this rank's stage holds whole."""
         logits: Tensor = self(batch, logits_of=slice(None))
         return logits
+
+    def decode(self, hidden_BTD: Tensor, tokens: CachedTokens) -> Tensor:
+        """Return the last hidden states [T, B, D] of a call's embedded tokens, images spliced in.
+
+        For a model that this rank's stage holds whole. Raises ValueError, on all tensor-parallel ranks alike, for a
+        position that training has no place for.
+        """
+        longest, last = self.model_config.decoder.max_sequence_length, int(tokens.position_ids.max())
+        if last >= longest:
+            raise ValueError(
+                f"position {last} is behind the model's last, {longest - 1}; shorten the prompt or max_new_tokens"
+            )
+        hidden_TBD = self.embedding.add_positions(hidden_BTD, tokens.position_ids)
+        hidden_TBD = self.decoder(hidden_TBD, attention_mask=None, packed_seq_params=tokens)
+        return hidden_TBD
+
+    def gathered_logits(self, hidden_TBD: Tensor, columns: slice = slice(None)) -> Tensor:
+        """Return the logits [B, T', V] of positions `columns` and existing ids, the same on all tensor-parallel ranks.
+
+        Gathered from them.
+        """
+        logits_TBV = self.output_layer(hidden_TBD, self._tied_weight(), columns=columns)
+        if self.topology.tp_size > 1:
+            logits_TBV = gather_from_tensor_model_parallel_region(logits_TBV)
+        return logits_TBV.transpose(0, 1)[..., : self.model_config.decoder.vocab_size]
+
+    def _tied_weight(self) -> Tensor | None:
+        """Return the embedding's matrix where the output projection has none of its own."""
+        is_shared = self.model_config.decoder.tie_embeddings and self.chunk.is_first
+        return self.embedding.word_embeddings.weight if is_shared else None
 
     def embed_images(self, images: Tensor, num_images: int) -> Tensor:
         """Return embeddings [I', L, D] of I images, this tensor rank's share of which are `images` [J, 3, S, S].

@@ -34,18 +34,26 @@ class XPos(nn.Module):
         ):
             self.register_buffer(name, table, persistent=False)
 
-    def forward(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-        """Rotate query and key [T, B, H, K] standing at positions 0 to T - 1. Dtypes are kept."""
+    def forward(self, query: Tensor, key: Tensor, position_ids_BT: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Rotate query and key [T, B, H, K]. Dtypes are kept.
+
+        They stand at `position_ids_BT`, below `max_length`; None: at positions 0 to T - 1 in every row.
+        """
         return (
-            _rotate(query, self.get_buffer("query_cos"), self.get_buffer("query_sin")),
-            _rotate(key, self.get_buffer("key_cos"), self.get_buffer("key_sin")),
+            _rotate(query, *(self._rows(name, query, position_ids_BT) for name in ("query_cos", "query_sin"))),
+            _rotate(key, *(self._rows(name, key, position_ids_BT) for name in ("key_cos", "key_sin"))),
         )
+
+    def _rows(self, table: str, x_TBHK: Tensor, position_ids_BT: Tensor | None) -> Tensor:
+        """Return a table's rows [T, 1 or B, 1, K / 2] for the tokens of x."""
+        rows = self.get_buffer(table)
+        if position_ids_BT is None:
+            return rows[: len(x_TBHK), None, None, :]
+        return rows[position_ids_BT.T].unsqueeze(2)
 
 
 def _rotate(x_TBHK: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn the pairs (0, 1), (2, 3), … of the last dimension by their tables' angles."""
-    length = x_TBHK.shape[0]
-    cos, sin = cos[:length, None, None, :], sin[:length, None, None, :]
+    """Turn the pairs (0, 1), (2, 3), … of the last dimension by the angles of cos and sin [T, 1 or B, 1, K / 2]."""
     even, odd = x_TBHK[..., 0::2], x_TBHK[..., 1::2]
     rotated = torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1)
     return rotated.flatten(-2).to(x_TBHK.dtype)
