@@ -48,19 +48,24 @@ def find_latest(root: Path, mesh: CheckpointMesh = ALONE) -> Path | None:
     return None
 
 
-def load_checkpoint(folder: Path, shards: Sequence[TensorShard], mesh: CheckpointMesh) -> dict[str, JSON]:
+def load_checkpoint(
+    folder: Path, shards: Sequence[TensorShard], mesh: CheckpointMesh, *, prefix: str = "", contents: bool = True
+) -> dict[str, JSON]:
     """Fill each shard's `local` in place and return the state (a collective over `mesh.group`).
 
     The layout may differ from the one that saved. A floating-point tensor takes the dtype that it is loaded into.
+    Of the checkpoint's tensors those count whose name begins with `prefix`. Without `contents` only the files' sizes
+    are checked, for what `find_latest` has just read.
 
     Raises, the same on every rank and before any tensor is changed: DamagedCheckpointError if a byte is not as it was
     written; CheckpointError with a list of every name that the checkpoint lacks, that no rank asks for, or whose shape
     or kind of dtype differs.
     """
-    manifest = verify(folder, mesh)
+    manifest = verify(folder, mesh, contents=contents)
     doing = f"loading {folder}"
     named = by_name(shards, doing, mesh)
-    _check_fit(folder, manifest.tensors, named, mesh)
+    stored = {name: record for name, record in manifest.tensors.items() if name.startswith(prefix)}
+    _check_fit(folder, stored, named, mesh)
     mesh.together(doing, lambda: _read_shards(folder, named, mesh))
     return mesh.agree(doing, lambda: _parse_state(folder))[mesh.rank]
 

@@ -73,6 +73,12 @@ class Manifest(StrictModel):
             raise DamagedCheckpointError(folder, [f"{MANIFEST_FILE} cannot be trusted: {error}"]) from error
 
 
+def is_of_training(folder: Path) -> bool:
+    """Whether `folder` is a run, a folder of checkpoints or one of them, whole or not."""
+    patterns = ("config.yaml", MANIFEST_FILE, f"step_*/{MANIFEST_FILE}", f"checkpoints/step_*/{MANIFEST_FILE}")
+    return any(next(folder.glob(pattern), None) is not None for pattern in patterns)
+
+
 def verify(folder: Path, mesh: CheckpointMesh, *, contents: bool = True, show: Show | None = None) -> Manifest:
     """Check every file's size and checksum and return the manifest (a collective: the ranks share the hashing).
 

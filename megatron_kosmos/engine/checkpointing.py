@@ -64,14 +64,19 @@ class Snapshot:
         return int(self.state["updates"])
 
 
+def checkpoint_mesh(topology: Topology) -> CheckpointMesh:
+    """Return a mesh of all ranks; starts a gloo group for plans and host tensors where the run's own is NCCL."""
+    group = dist.group.WORLD if topology.device.type == "cpu" else dist.new_group(backend="gloo")
+    return CheckpointMesh(topology.tp_rank, topology.tp_size, group)
+
+
 class CheckpointStore:
     """The checkpoints of one run, in `root`. Saving and loading are collectives over all ranks."""
 
     def __init__(self, root: Path, topology: Topology, keep_last: int, keep_every: int = 0) -> None:
-        """Start a gloo group for plans and host tensors where the run's own group is NCCL."""
-        group = dist.group.WORLD if topology.device.type == "cpu" else dist.new_group(backend="gloo")
+        """Make this rank's mesh, as `checkpoint_mesh`."""
         self.root, self.topology, self.retention = root, topology, Retention(keep_last, keep_every)
-        self.mesh = CheckpointMesh(topology.tp_rank, topology.tp_size, group)
+        self.mesh = checkpoint_mesh(topology)
 
     def latest(self) -> Path | None:
         """Return the newest checkpoint that is whole, None where there is none at all.

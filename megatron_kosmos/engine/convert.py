@@ -65,7 +65,7 @@ def to_hf(source: Path, output: Path, options: ExportOptions = ExportOptions()) 
     load_tokenizer = stock_tokenizer if options.format == "kosmos2" else training_tokenizer
     tokenizer_folder = options.tokenizer or run.data.tokenizer
     refuse_existing(output, options.overwrite, stored.folder, tokenizer_folder)
-    tokenizer = load_tokenizer(_find_tokenizer(tokenizer_folder, run))
+    tokenizer = load_tokenizer(find_tokenizer(tokenizer_folder, run))
     with new_folder(output, options.overwrite) as writing:
         report = _Export(stored, run, writing, options).write(tokenizer)
         report.check()
@@ -154,7 +154,8 @@ def last_metrics(path: Path, step: int) -> dict[str, Any]:
     return latest
 
 
-def _find_tokenizer(folder: Path, run: RunConfig) -> Path:
+def find_tokenizer(folder: Path, run: RunConfig) -> Path:
+    """Return `folder`. Raises DataError where it is no tokenizer, ConversionError where it is not one of `run`'s."""
     tokenizer = KosmosTokenizer.load(folder)  # checks the files
     if tokenizer.vocab_size > run.model.decoder.vocab_size:
         raise ConversionError(
