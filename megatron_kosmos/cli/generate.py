@@ -1,15 +1,17 @@
-"""`kosmos generate`: text from a prompt and pictures, or from a file of them, by an exported model."""
+"""`kosmos generate`: text from a prompt and pictures, or from a file of them, by an exported or a training model."""
 
 import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 
 from megatron_kosmos.cli.libraries import quiet_libraries
+from megatron_kosmos.cli.tensor_ranks import tensor_ranks
 from megatron_kosmos.prompt import CAPTION_PROMPT
 
 if TYPE_CHECKING:
@@ -23,7 +25,7 @@ def register(app: typer.Typer) -> None:
 
 
 def generate(  # noqa: PLR0913, PLR0917 - one parameter an option
-    model: Annotated[Path, typer.Option(help="Folder that `kosmos convert to-hf` wrote.")],
+    model: Annotated[Path, typer.Option(help="Folder that `kosmos convert to-hf` wrote, or a run, or a checkpoint.")],
     image: Annotated[
         list[Path] | None, typer.Option(help="Picture; again for more, in order of the prompt's <image>.")
     ] = None,
@@ -64,8 +66,15 @@ def generate(  # noqa: PLR0913, PLR0917 - one parameter an option
         int | None, typer.Option(help="With --sample: the same seed draws the same text.", show_default="0")
     ] = None,
     stream: Annotated[bool, typer.Option("--stream", help="Print the text of one prompt as it is made.")] = False,
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="With a run or checkpoint: tokenizer folder, if not where the run had it.")
+    ] = None,
 ) -> None:
-    """Print what the model writes after pictures and a prompt; --prompts does many, in batches."""
+    """Print what the model writes after pictures and a prompt; --prompts does many, in batches.
+
+    A run or checkpoint whose model several processes share (tensor parallelism, under any layout it was trained in):
+    torchrun --nproc-per-node 2 -m megatron_kosmos generate --model runs/mine …
+    """
     quiet_libraries()
     from megatron_kosmos.engine.generate import Decoding, Generator, Sampling
     from megatron_kosmos.engine.prompt_file import PromptFile
@@ -80,24 +89,26 @@ def generate(  # noqa: PLR0913, PLR0917 - one parameter an option
         f"--{', --'.join(drawing).replace('_', '-')} needs --sample": drawing and not sample,
     }
     try:
-        for problem, is_there in misplaced.items():
-            if is_there:
-                raise ValueError(problem)
-        decoding = Decoding(max_new_tokens, num_beams, length_penalty, Sampling(**drawing) if sample else None)
-        if prompts is None:
-            _answer_one(
-                Generator.load(model), CAPTION_PROMPT if prompt is None else prompt, image or [], decoding, stream
-            )
-            return
-        lines = PromptFile.read(prompts)
-        if output is not None and output.exists():
-            if not overwrite:
-                raise ValueError(f"{output} is there already; --overwrite replaces it")
-            if output.samefile(prompts):
-                raise ValueError(f"{output} holds the prompts; write answers to another file")
-        generator = Generator.load(model, max_batch_size=batch_size)
-        with nullcontext(sys.stdout) if output is None else output.open("w", encoding="utf-8") as file:
-            _answer_many(generator, lines, decoding, strict, file)
+        with tensor_ranks("generate") as ranks:
+            for problem, is_there in misplaced.items():
+                if is_there:
+                    raise ValueError(problem)
+            is_trained = ranks.size > 1 or tokenizer is not None
+            load = partial(Generator.load_trained, tokenizer=tokenizer) if is_trained else Generator.load
+            decoding = Decoding(max_new_tokens, num_beams, length_penalty, Sampling(**drawing) if sample else None)
+            if prompts is None:
+                _answer_one(load(model), CAPTION_PROMPT if prompt is None else prompt, image or [], decoding, stream)
+                return
+            lines = PromptFile.read(prompts)
+            if output is not None and output.exists():
+                if not overwrite:
+                    raise ValueError(f"{output} is there already; --overwrite replaces it")
+                if output.samefile(prompts):
+                    raise ValueError(f"{output} holds the prompts; write answers to another file")
+            generator = load(model, max_batch_size=batch_size)
+            target = output if ranks.is_first else None
+            with nullcontext(sys.stdout) if target is None else target.open("w", encoding="utf-8") as file:
+                _answer_many(generator, lines, decoding, strict, file)
     except (ValueError, OSError) as error:
         sys.exit(f"kosmos generate: {error}")
 

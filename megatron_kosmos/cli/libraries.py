@@ -13,6 +13,9 @@ def quiet_libraries() -> None:
 
     disable_progress_bar()
     warnings.filterwarnings("ignore", module=r"megatron\.core|torch\.jit")
+    warnings.filterwarnings(
+        "ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning
+    )  # megatron-core's calls
     # Of a kernel for 4-bit inference; here bitsandbytes only keeps moments in 8 bits.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     if not torch.cuda.is_available():

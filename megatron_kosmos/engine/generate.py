@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
+from megatron_kosmos.checkpoint.manifest import is_of_training
 from megatron_kosmos.data.errors import DataError
 from megatron_kosmos.data.images.decoding import decode_image
 from megatron_kosmos.engine.sampling import GenerationError, Sampling
@@ -101,14 +102,34 @@ class Generator:
     def load(cls, folder: Path | str, device: torch.device | None = None, max_batch_size: int = 32) -> Self:
         """Load what `kosmos convert to-hf` wrote; no code of the folder runs. CUDA where there is some, by default.
 
-        Raises GenerationError when the folder is no exported model, or not a whole one.
+        A run of `kosmos train`, or one of its checkpoints, goes to `load_trained`. Raises GenerationError when the
+        folder is none of these, or not whole.
         """
+        folder = Path(folder)
+        if is_of_training(folder):
+            if device is not None:
+                raise GenerationError(
+                    f"{folder} is of training and runs on the process's current device; leave out device"
+                )
+            return cls.load_trained(folder, max_batch_size)
         try:
-            model, processor = load_export(Path(folder))
+            model, processor = load_export(folder)
         except FolderError as error:
             raise GenerationError(str(error)) from error
         there = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
         return cls(model.to(there), processor, max_batch_size)
+
+    @classmethod
+    def load_trained(cls, source: Path | str, max_batch_size: int = 32, tokenizer: Path | None = None) -> Self:
+        """Load a run's newest checkpoint, or one checkpoint, on all ranks of the running process group, or on this one.
+
+        See `parallel_generation.load_trained`: from then on every rank makes the same calls.
+        """
+        from megatron_kosmos.engine.parallel_generation import (
+            load_trained,
+        )  # brings megatron-core, which takes its time
+
+        return cls(*load_trained(Path(source), tokenizer), max_batch_size)
 
     def generate(
         self,

@@ -31,7 +31,7 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout
     Returns their results by rank. A rank that fails or outlives the timeout ends all of them and raises RankFailure;
     hung ranks leave their Python stacks in the message.
     """
-    port = _free_port()
+    port = free_port()
     with tempfile.TemporaryDirectory() as folder:
         children = [_fork_rank(function, rank, world_size, port, args, Path(folder)) for rank in range(world_size)]
         failed = _wait(children, timeout_seconds)
@@ -102,7 +102,8 @@ def _result_file(folder: Path, rank: int) -> Path:
     return folder / f"rank{rank}.result"
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """Return a port that nothing listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
