@@ -19,13 +19,16 @@ from transformers.masking_utils import create_causal_mask
 
 from megatron_kosmos.batch import share_of_images
 from megatron_kosmos.checkpoint.errors import CheckpointError
-from megatron_kosmos.checkpoint.load import load_checkpoint, read_state
+from megatron_kosmos.checkpoint.folders import CHECKPOINTS
+from megatron_kosmos.checkpoint.load import find_latest, load_checkpoint, read_state
+from megatron_kosmos.checkpoint.manifest import MANIFEST_FILE
+from megatron_kosmos.checkpoint.mesh import CheckpointMesh
 from megatron_kosmos.checkpoint.tensors import TensorShard
 from megatron_kosmos.config import ConfigError, ParallelConfig, RunConfig, parse_config
 from megatron_kosmos.engine.builder import build_chunks, derive_transformer_config
 from megatron_kosmos.engine.checkpointing import MODEL_PREFIX, checkpoint_mesh
 from megatron_kosmos.engine.conversion import ConversionError
-from megatron_kosmos.engine.convert import find_checkpoint, find_tokenizer
+from megatron_kosmos.engine.convert import find_tokenizer
 from megatron_kosmos.engine.sampling import GenerationError
 from megatron_kosmos.hf import KosmosConfig, KosmosForConditionalGeneration, KosmosProcessor
 from megatron_kosmos.hf.export_folder import generation_config, kosmos_config, kosmos_processor
@@ -33,7 +36,7 @@ from megatron_kosmos.hf.load_tokenizer import training_tokenizer
 from megatron_kosmos.model.cached_tokens import CachedTokens
 from megatron_kosmos.model.kosmos import KosmosModel
 from megatron_kosmos.model.names import named_parameters
-from megatron_kosmos.parallel.agreement import is_shared, shared_failure
+from megatron_kosmos.parallel.agreement import agree, is_shared
 from megatron_kosmos.parallel.topology import Topology, build_topology, start_process_group
 
 
@@ -138,7 +141,7 @@ def load_trained(source: Path, tokenizer: Path | None = None) -> tuple[ParallelK
 
 def _load(source: Path, topology: Topology, tokenizer: Path | None) -> tuple[ParallelKosmos, KosmosProcessor]:
     mesh, device = checkpoint_mesh(topology), topology.device
-    folder = find_checkpoint(source, mesh)
+    folder = _find_checkpoint(source, mesh)
     with ending_together(device):
         run = _on_these_ranks(read_state(folder)["config"], f"{folder}/state.json", topology.tp_size)
         prompt_tokenizer = training_tokenizer(find_tokenizer(tokenizer or run.data.tokenizer, run))
@@ -152,6 +155,23 @@ def _load(source: Path, topology: Topology, tokenizer: Path | None) -> tuple[Par
     return model, kosmos_processor(run.model, prompt_tokenizer)
 
 
+def _find_checkpoint(source: Path, mesh: CheckpointMesh) -> Path:
+    """Return the checkpoint that `source` means: itself, or the newest whole one of a run's folder.
+
+    A collective over `mesh.group`. Raises CheckpointError on every rank alike where there is none.
+    """
+    ((is_checkpoint, is_run), *_) = mesh.agree(
+        f"looking for a checkpoint at {source}",
+        lambda: ((source / MANIFEST_FILE).is_file(), (source / CHECKPOINTS).is_dir()),
+    )
+    if is_checkpoint:
+        return source
+    newest = find_latest(source / CHECKPOINTS if is_run else source, mesh)
+    if newest is None:
+        raise CheckpointError(f"no whole checkpoint at {source}; give a run's folder or one of its checkpoints/step_*")
+    return newest
+
+
 def stay_in_step(content: bytes, device: torch.device, failure: str | None = None) -> None:
     """Meet the other ranks, where all of them do the same with the same `content` or one ends with a `failure`.
 
@@ -161,7 +181,7 @@ def stay_in_step(content: bytes, device: torch.device, failure: str | None = Non
         if failure is not None:
             raise EndedTogether(failure)
         return
-    message = shared_failure(failure, device)
+    message = agree(failure, is_asked_to_stop=False, device=device).failure
     if message is not None:
         raise EndedTogether(message)
     if not is_shared(content, device):

@@ -80,11 +80,11 @@ class SdpaAttention(nn.Module):
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Return [T, B, H * K], causal over the T tokens."""
-        heads = [x.permute(1, 2, 0, 3) for x in (query, key, value)]
+        q_BHTK, k_BGTK, v_BGTK = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         dropout = self.dropout if self.training else 0.0
         if dropout and not query.is_cuda:
-            return _joined(causal_attention_with_dropout(*heads, dropout))
-        return _attend_heads(*heads, dropout_p=dropout, is_causal=True)
+            return _joined(causal_attention_with_dropout(q_BHTK, k_BGTK, v_BGTK, dropout))
+        return _attend_heads(q_BHTK, k_BGTK, v_BGTK, dropout_p=dropout, is_causal=True)
 
 
 class FlashAttention(nn.Module):

@@ -3,9 +3,8 @@
 A rank that left on its own would leave all others waiting for it.
 """
 
-from typing import NamedTuple
-
 import hashlib
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
