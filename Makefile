@@ -25,7 +25,7 @@ test: $(VENV)/.installed-for-tests ## install, then lint, check types and layers
 	@$(MAKE) --no-print-directory check
 
 test-nightly: $(VENV)/.installed-for-tests ## the tests that are too long for every day: 300 random combinations, 100 kills, every layout resumed
-	$(PYTEST) -m nightly
+	$(PYTEST) -m nightly -o faulthandler_timeout=3900  # some may take an hour; their own marks end them before
 
 fidelity: $(VENV)/.installed-for-tests ## compare with the oracles and write the figures into docs/fidelity.md
 	$(BIN)/python -m pytest tests/parity --fidelity docs/fidelity.md

@@ -5,11 +5,11 @@ The pair has no slots on disk: how many embeddings stand for a picture is the mo
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,11 +23,13 @@ from megatron_kosmos.data.images.decoding import decode, extension, open_image
 from megatron_kosmos.data.packing.row_format import RowFormat
 from megatron_kosmos.data.preparation.tables import content_digest, hash_column
 from megatron_kosmos.data.preparation.text_filters import TextFilter
-from megatron_kosmos.data.sources.documents import ImageReference, parse_record, parse_text
+from megatron_kosmos.data.sources.documents import ImageReference, parse_record, parse_text, parse_texts
 from megatron_kosmos.data.sources.input_format import USUAL, InputFormat
 from megatron_kosmos.data.sources.readers.records import RawRecord
 from megatron_kosmos.data.tokenization.tokenizer import KosmosTokenizer
 from megatron_kosmos.prompt import SourceKind
+
+Chosen = TypeVar("Chosen")
 
 
 @dataclass(frozen=True)
@@ -105,30 +107,27 @@ class Encoder:
     def encode_chunk(self, records: Sequence[RawRecord]) -> EncodedChunk:
         """Return `records` encoded in order; bad ones are accounted for, not raised."""
         chunk = EncodedChunk(np.zeros(0, self._dtype))
-        choose = self._choose_text if self.kind == "text" else self._choose
-        chosen = []
-        for record in chain.from_iterable(record.each() for record in records):
-            try:
-                chosen.append(choose(record, chunk))
-            except BadDocument as problem:
-                problem.excerpt = record.excerpt
-                chunk.bad.append(problem)
-            except LeftOut as left_out:
-                chunk.filtered[left_out.reason] += 1
-        texts = [part for parts in chosen for part in parts if isinstance(part, str)]
-        ids, lengths = self.tokenizer.encode_all(texts)
-        if self.kind != "text":
-            ids, lengths, chunk.images = self._with_images(chosen, ids, lengths)
+        if self.kind == "text":
+            ids, lengths = self.tokenizer.encode_all(list(self._texts(records, chunk)))
+        else:
+            chosen = list(_chosen(self._choose, records, chunk))
+            texts = [part for parts in chosen for part in parts if isinstance(part, str)]
+            ids, lengths, chunk.images = self._with_images(chosen, *self.tokenizer.encode_all(texts))
         chunk.tokens, chunk.lengths = self._enclosed(ids, lengths), lengths + 2
         chunk.hashes = np.zeros((chunk.num_documents, 2), np.uint64)
         if self.filters.drop_duplicate_documents:
             chunk.hashes = hash_column(_digests(chunk))
         return chunk
 
-    def _choose_text(self, record: RawRecord, chunk: EncodedChunk) -> tuple[str]:
+    def _texts(self, records: Sequence[RawRecord], chunk: EncodedChunk) -> Iterator[str]:
+        for record in records:
+            texts = parse_texts(record, self.input_format) if self._text_filter is None else None
+            yield from _chosen(self._choose_text, [record], chunk) if texts is None else texts
+
+    def _choose_text(self, record: RawRecord, chunk: EncodedChunk) -> str:
         """Return the text of a record. Raises BadDocument and LeftOut."""
         text = parse_text(record, self.input_format)
-        return (text if self._text_filter is None else self._text_filter.choose(text, lambda: record.origin),)
+        return text if self._text_filter is None else self._text_filter.choose(text, lambda: record.origin)
 
     def _choose(self, record: RawRecord, chunk: EncodedChunk) -> Sequence[str | _CheckedImage]:
         """Return the parts of a record that stay; `chunk` counts the others. Raises BadDocument and LeftOut."""
@@ -207,6 +206,20 @@ class Encoder:
         if filters.drop_single_colour and len(pixels.getcolors(1) or ()) == 1:
             return "drop_single_colour"
         return None
+
+
+def _chosen(
+    choose: Callable[[RawRecord, EncodedChunk], Chosen], records: Sequence[RawRecord], chunk: EncodedChunk
+) -> Iterator[Chosen]:
+    """Yield what `choose` makes of each document; `chunk` accounts for those that it refuses."""
+    for record in chain.from_iterable(record.each() for record in records):
+        try:
+            yield choose(record, chunk)
+        except BadDocument as problem:
+            problem.excerpt = record.excerpt
+            chunk.bad.append(problem)
+        except LeftOut as left_out:
+            chunk.filtered[left_out.reason] += 1
 
 
 def document_digest(tokens: NDArray[Any], images: Sequence[EncodedImage]) -> bytes:

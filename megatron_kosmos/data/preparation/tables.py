@@ -52,6 +52,8 @@ class Tables:
 
         No picture may stay whose document goes.
         """
+        if documents.all() and images.all():
+            return Tables(self.documents, self.images.copy())
         document_of, cut = self.document_of_images(), ~images
         cut_in_document = np.bincount(document_of[cut], minlength=len(self.documents))
         cut_before_document = np.cumsum(cut_in_document) - cut_in_document

@@ -5,6 +5,7 @@ Reading has two steps, so that worker processes can share the second: `read_reco
 """
 
 import base64
+import io
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -140,6 +141,22 @@ def parse_text(record: RawRecord, names: InputFormat = USUAL) -> str:
             return text
     (text,) = parse_record("text", record, names).parts
     return str(text)
+
+
+def parse_texts(block: RawRecord, names: InputFormat = USUAL) -> list[str] | None:
+    """Return the texts of a block of lines of JSON, as `parse_text` does one by one, but faster.
+
+    None for other records, and when a line has no text: `parse_text` says what is wrong with which.
+    """
+    if not isinstance(block.content, Lines) or format_suffix(block.file) not in JSON_LINES:
+        return None
+    lines, field = io.BytesIO(block.content.data), names.text_field
+    try:
+        texts = [from_json(line, cache_strings="keys")[field] for line in lines if not line.isspace()]
+    except (ValueError, TypeError, LookupError):
+        return None
+    is_text = all(texts) and {*map(type, texts)} <= {str} and not any(map(str.isspace, texts))
+    return texts if is_text else None
 
 
 def read_texts(file: Path, names: InputFormat = USUAL) -> Iterator[str]:
