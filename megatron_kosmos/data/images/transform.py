@@ -17,7 +17,9 @@ from megatron_kosmos.data.images.decoding import decode, open_image
 from megatron_kosmos.prompt import IMAGE_MEAN, IMAGE_STD
 
 LARGE = 2
-"""JPEGs of at least this many times S are resized quickly, and are never decoded to less."""
+"""JPEGs are never decoded to less than this many times S."""
+LOSSY = ("JPEG", "WEBP")
+"""Formats that have mostly lost more than `resize_quickly` adds (WebP may be lossless)."""
 
 
 def load_image(
@@ -25,9 +27,10 @@ def load_image(
 ) -> Tensor:
     """Return [3, S, S] float32 of a picture: short side to S (bicubic), centre crop, normalization. Raises DataError.
 
-    Equal to transformers' CLIPImageProcessorPil, but for encoded JPEGs of 2 S and more, most of whose time is resizing:
-    within a level or two of 255 (72 dB) below 4 S, and above that, where they are decoded at a half or less, within
-    what photographs have in their finest detail (50 dB; docs/pictures.md has the measurements).
+    Equal to transformers' CLIPImageProcessorPil for pictures that are decoded already, in lossless formats or smaller
+    than S. Encoded JPEG and WebP, most of whose time is resizing, are within a level or two of 255 (65 dB), and JPEGs
+    of 4 S and more, which are decoded at a half or less, within what photographs have in their finest detail (50 dB;
+    decision 16, and docs/pictures.md has the measurements).
     `draw_view` gives for width and height the part of the picture to take instead, which is stretched to S x S.
     """
     opened = open_image(source) if isinstance(source, bytes) else source
@@ -35,7 +38,7 @@ def load_image(
     full_size = opened.size
     width, height = full_size if view is None else (view.width, view.height)
     short = min(width, height)
-    if isinstance(source, bytes) and opened.format == "JPEG" and short >= LARGE * image_size:
+    if isinstance(source, bytes) and opened.format in LOSSY and short >= image_size:
         image, resize = decode(opened, LARGE * image_size / short * min(full_size)), resize_quickly
     else:
         image, resize = decode(opened), resize_exactly

@@ -63,9 +63,9 @@ class PartsFolder:
         """Return the folder of a part."""
         return self.path / f"{number:06d}"
 
-    def has_parts(self) -> bool:
-        """Return whether a part is there."""
-        return any(path.name.isdecimal() for path in self.path.glob("*"))
+    def is_unused(self) -> bool:
+        """Return whether neither a part is there nor a process that writes one."""
+        return {path.name for path in self.path.glob("*")} <= {JOB}
 
     @contextmanager
     def writing(self, job: Job, number: int) -> Iterator[PartWriter]:

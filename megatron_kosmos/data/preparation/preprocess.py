@@ -102,7 +102,7 @@ def prepare(preparation: Preparation, on_progress: Progress = lambda done, total
         try:
             _write_parts(preparation, job, range(plan.num_parts), on_progress)
         except BaseException:
-            if not folder.has_parts():
+            if folder.is_unused():
                 folder.discard()
             raise
         assemble(folder, job, plan.num_parts)

@@ -1,6 +1,7 @@
 """Readers of lines and of whole files, plain or compressed with gzip or zstandard, in bounded memory."""
 
 import io
+from codecs import BOM_UTF8
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import lru_cache
@@ -40,6 +41,8 @@ def read_lines(file: Path, block_bytes: int) -> Iterator[RawRecord]:
     with _open(file) as (stream, compressed):
         try:
             while block := stream.read1(block_bytes):
+                if number == 1:
+                    block = block.removeprefix(BOM_UTF8)
                 end = block.rfind(b"\n") + 1
                 if end:
                     yield RawRecord(file, str(number), Lines(block[:end]), compressed.tell())
@@ -61,7 +64,7 @@ def read_whole(file: Path, limit: int = MAX_RECORD_BYTES) -> Iterator[RawRecord]
     """Yield the content of `file` as its only record. Raises DamagedFile."""
     with _open(file) as (stream, compressed):
         try:
-            content = stream.read(limit + 1)
+            content = stream.read(limit + 1).removeprefix(BOM_UTF8)
         except OSError as error:
             raise DamagedFile(file, "1", f"the file cannot be read: {error}") from error
         if len(content) <= limit:

@@ -53,6 +53,7 @@ def start_trainer(data: DataConfig) -> tuple[int, dict[int, int]]:
         code = 1
         try:
             os.setsid()
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # nohup has it ignored
             with closing(steps_of(data)) as steps:
                 next(steps)
                 os.write(writing, " ".join(str(child.pid) for child in multiprocessing.active_children()).encode())

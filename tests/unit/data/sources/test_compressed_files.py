@@ -41,6 +41,19 @@ def test_lines_and_their_places(compress: Compress, tmp_path: Path, suffix: str)
     assert len(set(offsets)) > 3
 
 
+@pytest.mark.parametrize("suffix", ["", *COMPRESSED])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.txt"])
+def test_a_byte_order_mark_is_none_of_the_text(compress: Compress, tmp_path: Path, name: str, suffix: str) -> None:
+    """At the beginning of a file, where editors of Windows write it; elsewhere it is a character as others."""
+    mark = "\ufeff"
+    content = mark + "".join(json.dumps({"text": text}) + "\n" for text in ("one", f"{mark}two"))
+    file = tmp_path / f"{name}{suffix}"
+    file.write_bytes(compress((content if name == "a.jsonl" else f"{mark}{mark}ein Text").encode(), suffix))
+    assert list(read_texts(file)) == (["one", f"{mark}two"] if name == "a.jsonl" else [f"{mark}ein Text"])
+    file.write_bytes(compress(mark.encode(), suffix))
+    assert [record.content for record in read_records("text", file)] == ([] if name == "a.jsonl" else [b""])
+
+
 @pytest.mark.parametrize("suffix", COMPRESSED)
 def test_a_whole_file(compress: Compress, tmp_path: Path, suffix: str) -> None:
     file = tmp_path / f"a.txt{suffix}"

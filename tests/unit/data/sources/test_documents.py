@@ -15,6 +15,8 @@ from megatron_kosmos.data.sources.documents import (
     ImageReference,
     parse_record,
     parse_text,
+    parse_texts,
+    read_blocks,
     read_records,
     read_texts,
 )
@@ -261,3 +263,16 @@ def test_links_and_folders_in_a_tar_are_not_followed(tmp_path: Path) -> None:
         tar.addfile(text, io.BytesIO(b"x"))
     with pytest.raises(BadDocument, match="missing_image"):
         read_documents("caption", path)
+
+
+@pytest.mark.parametrize(
+    "bad",
+    ["{", '{"text": ""}', '{"text": " \\n"}', '{"text": 5}', '{"text": null}', '{"a": "b"}', "[1]", "1", '"text"'],
+)
+def test_a_block_of_texts_is_as_one_by_one(write_lines: WriteLines, bad: str) -> None:
+    lines = ['{"text": "one"}', " ", '{"text": "zwei €", "b": {}}', '{"text": "three"}']
+    (block,) = read_blocks("text", write_lines("a.jsonl", lines), 1 << 18)
+    assert parse_texts(block) == [parse_text(record) for record in block.each()] == ["one", "zwei €", "three"]
+    (block,) = read_blocks("text", write_lines("a.jsonl", [*lines, bad]), 1 << 18)
+    assert parse_texts(block) is None
+    assert [parse_text(record) for record in list(block.each())[:3]] == ["one", "zwei €", "three"]

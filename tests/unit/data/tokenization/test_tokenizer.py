@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 from pydoc_data.topics import topics
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_kosmos.data.errors import DataError
+from megatron_kosmos.data.tokenization.sentencepiece_backend import flattened
 from megatron_kosmos.data.tokenization.tokenizer import KosmosTokenizer
 from megatron_kosmos.prompt import SPECIAL_TOKENS
 
@@ -162,3 +164,16 @@ def test_reading_a_tokenizer_loads_no_torch(tokenizer_folder: Path) -> None:
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.split() == ["400", "False"]
+
+
+@given(st.lists(st.lists(st.integers(-(2**31), 2**31 - 1))))
+def test_lists_become_one_array(lists: list[list[int]]) -> None:
+    items, starts = flattened(lists)
+    assert items.tolist() == [item for numbers in lists for item in (len(numbers), *numbers)]
+    assert starts.tolist() == [sum(1 + len(numbers) for numbers in lists[:n]) for n in range(len(lists))]
+
+
+@pytest.mark.parametrize("item", [2**31, -(2**31) - 1, 1.0, None, [1], "a", True])
+def test_other_items_are_refused(item: Any) -> None:
+    with pytest.raises(ValueError):
+        flattened([[1], [2, item]])
