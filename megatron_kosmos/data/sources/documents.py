@@ -144,9 +144,9 @@ def parse_text(record: RawRecord, names: InputFormat = USUAL) -> str:
 
 
 def parse_texts(block: RawRecord, names: InputFormat = USUAL) -> list[str] | None:
-    """Return the texts of a block of lines of JSON, as `parse_text` does one by one, but faster.
+    """Return the texts of a block of lines of JSON, faster than `parse_text` one by one.
 
-    None for other records, and when a line has no text: `parse_text` says what is wrong with which.
+    None for other records, and for lines of which one has none: `parse_text` says why.
     """
     if not isinstance(block.content, Lines) or format_suffix(block.file) not in JSON_LINES:
         return None
@@ -155,8 +155,7 @@ def parse_texts(block: RawRecord, names: InputFormat = USUAL) -> list[str] | Non
         texts = [from_json(line, cache_strings="keys")[field] for line in lines if not line.isspace()]
     except (ValueError, TypeError, LookupError):
         return None
-    is_text = all(texts) and {*map(type, texts)} <= {str} and not any(map(str.isspace, texts))
-    return texts if is_text else None
+    return texts if {*map(type, texts)} <= {str} and all(texts) and not any(map(str.isspace, texts)) else None
 
 
 def read_texts(file: Path, names: InputFormat = USUAL) -> Iterator[str]:
