@@ -64,7 +64,7 @@ def read_whole(file: Path, limit: int = MAX_RECORD_BYTES) -> Iterator[RawRecord]
     """Yield the content of `file` as its only record. Raises DamagedFile."""
     with _open(file) as (stream, compressed):
         try:
-            content = stream.read(limit + 1).removeprefix(BOM_UTF8)
+            content = stream.read(limit + 1)
         except OSError as error:
             raise DamagedFile(file, "1", f"the file cannot be read: {error}") from error
         if len(content) <= limit:
