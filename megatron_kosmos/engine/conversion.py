@@ -8,8 +8,6 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from safetensors import SafetensorError
-
 logger = logging.getLogger(__name__)
 
 MAX_ABS_LOGIT_DIFF = 1e-4
@@ -81,7 +79,7 @@ def new_folder(output: Path, overwrite: bool) -> Iterator[Path]:
         yield writing
         refuse_existing(output, overwrite)
         _put_in_place(writing, output)
-    except SafetensorError as error:  # that library's name for a full disk, too
+    except OSError as error:
         raise ConversionError(f"writing {output} failed, so nothing was put in place: {error}") from error
     finally:
         shutil.rmtree(writing, ignore_errors=True)
