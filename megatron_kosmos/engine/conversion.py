@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from megatron_kosmos import __version__
+
 logger = logging.getLogger(__name__)
 
 MAX_ABS_LOGIT_DIFF = 1e-4
@@ -31,8 +33,8 @@ class ConversionReport:
     dtype: str
     max_abs_logit_diff: float | None
     """Between the two models; None if they were not compared."""
-    bound: float
-    code_version: str
+    bound: float = MAX_ABS_LOGIT_DIFF
+    code_version: str = __version__
 
     def check(self) -> None:
         """Raise ConversionError where the models differ."""

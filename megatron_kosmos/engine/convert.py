@@ -11,13 +11,11 @@ from typing import Any
 import torch
 from transformers import Kosmos2Config, PreTrainedTokenizerBase
 
-from megatron_kosmos import __version__
 from megatron_kosmos.checkpoint.load import StoredTensors, read_state
 from megatron_kosmos.config import RunConfig, parse_config
 from megatron_kosmos.data.tokenization.tokenizer import KosmosTokenizer
 from megatron_kosmos.engine.checkpointing import MODEL_PREFIX
 from megatron_kosmos.engine.conversion import (
-    MAX_ABS_LOGIT_DIFF,
     MAX_FILE_BYTES,
     ConversionError,
     ConversionReport,
@@ -99,8 +97,6 @@ class _Export:
             num_parameters=sum(parameters.values()),
             dtype=str(dtype).removeprefix("torch."),
             max_abs_logit_diff=difference,
-            bound=MAX_ABS_LOGIT_DIFF,
-            code_version=__version__,
         )
         metrics = last_metrics(checkpoint.absolute().parent.parent / "metrics.jsonl", report.step)
         card = model_card(self.run, config, CardFacts(report.step, parameters, metrics, difference))

@@ -1,26 +1,17 @@
 """From a folder of transformers, an own export or a stock Kosmos-2, to a run that training starts from."""
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from megatron_kosmos import __version__
-from megatron_kosmos.checkpoint.load import StoredTensors
-from megatron_kosmos.config import save_config
-from megatron_kosmos.engine.checkpointing import MODEL_PREFIX
-from megatron_kosmos.engine.conversion import (
-    MAX_ABS_LOGIT_DIFF,
-    ConversionError,
-    ConversionReport,
-    new_folder,
-    refuse_existing,
-)
-from megatron_kosmos.engine.imported_run import CONFIG_FILE, run_of, take_tokenizer, write_initial_checkpoint
-from megatron_kosmos.engine.verify_conversion import hf_logits, largest_difference, training_logits
+from megatron_kosmos.engine.conversion import ConversionError, ConversionReport, new_folder, refuse_existing
+from megatron_kosmos.engine.imported_run import CONFIG_FILE, run_of, take_tokenizer, write_run
+from megatron_kosmos.engine.verify_conversion import hf_logits
 from megatron_kosmos.hf.folder_weights import FolderWeights
 from megatron_kosmos.hf.formats import model_settings, read_config, table_of
 from megatron_kosmos.hf.name_map import Entry, Shape, check_names
@@ -59,31 +50,17 @@ def from_hf(source: Path, output: Path, options: ImportOptions = ImportOptions()
     expected = {name: shape for entry in table for name, shape in zip(entry.hf_names, entry.hf_shapes, strict=True)}
     check_names(expected, _without_surplus(weights, run.model.decoder.tie_embeddings), str(source))
     _check_precision({name: weights.dtypes[name] for name in expected}, source)
+
+    def parts_of(entry: Entry) -> Iterable[Tensor]:
+        return map(weights.read, entry.hf_names)
+
     with new_folder(output, options.overwrite) as writing:
-        checkpoint = write_initial_checkpoint(writing, run, _joined(table, weights))
-        save_config(run, writing / CONFIG_FILE)
         if options.config is None:
             problem = take_tokenizer(source, writing, run.model.decoder.vocab_size)
             if problem:
                 logger.warning("no tokenizer was taken: %s; set data.tokenizer in %s", problem, output / CONFIG_FILE)
-        difference = None
-        if options.verify:
-            # What was just written needs no check of its checksums: every byte takes part in the logits.
-            stored = StoredTensors(checkpoint, contents=False)
-            converted = training_logits(run, lambda name: stored.read(MODEL_PREFIX + name))
-            difference = largest_difference(hf_logits(config, weights.read, run.model), converted)
-        report = ConversionReport(
-            source=str(source),
-            step=0,
-            num_parameters=sum(torch.Size(shape).numel() for shape in expected.values()),
-            dtype="float32",
-            max_abs_logit_diff=difference,
-            bound=MAX_ABS_LOGIT_DIFF,
-            code_version=__version__,
-        )
-        report.check()
-        report.write(writing)
-    return report
+        original = partial(hf_logits, config, weights.read, run.model) if options.verify else None
+        return write_run(writing, run, source, table, parts_of, original)
 
 
 def _check_precision(dtypes: Mapping[str, str], source: Path) -> None:
@@ -103,8 +80,3 @@ def _without_surplus(weights: FolderWeights, is_tied: bool) -> dict[str, Shape]:
     if has_both and torch.equal(weights.read(OUTPUT), weights.read(EMBEDDING)):
         surplus.add(OUTPUT)
     return {name: shape for name, shape in weights.shapes.items() if name not in surplus}
-
-
-def _joined(table: tuple[Entry, ...], weights: FolderWeights) -> Iterator[tuple[str, Tensor]]:
-    for entry in table:
-        yield entry.training_name, entry.join(*(weights.read(name) for name in entry.hf_names))

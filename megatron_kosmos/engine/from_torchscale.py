@@ -1,8 +1,9 @@
 """From a Kosmos-X state dict, torchscale's decoder with its vision side, to a run that training starts from."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -11,20 +12,11 @@ from zipfile import is_zipfile
 import torch
 from torch import Tensor
 
-from megatron_kosmos import __version__
-from megatron_kosmos.checkpoint.load import StoredTensors
-from megatron_kosmos.config import PerceiverConfig, RunConfig, load_config, save_config
-from megatron_kosmos.engine.checkpointing import MODEL_PREFIX
-from megatron_kosmos.engine.conversion import (
-    MAX_ABS_LOGIT_DIFF,
-    ConversionError,
-    ConversionReport,
-    new_folder,
-    refuse_existing,
-)
-from megatron_kosmos.engine.imported_run import CONFIG_FILE, write_initial_checkpoint
+from megatron_kosmos.config import PerceiverConfig, RunConfig, load_config
+from megatron_kosmos.engine.conversion import ConversionError, ConversionReport, new_folder, refuse_existing
+from megatron_kosmos.engine.imported_run import write_run
 from megatron_kosmos.engine.torchscale_reference import torchscale_logits
-from megatron_kosmos.engine.verify_conversion import largest_difference, training_logits, verification_batch
+from megatron_kosmos.engine.verify_conversion import verification_batch
 from megatron_kosmos.hf.export_folder import kosmos_config
 from megatron_kosmos.hf.name_map import Entry, Shape, check_names, name_table
 from megatron_kosmos.hf.torchscale_names import FRAMES, differences, normalized, places
@@ -59,28 +51,14 @@ def from_torchscale(source: Path, output: Path, options: TorchscaleOptions) -> C
     expected = {place.name: place.shape for entry in table for place in places(entry, num_frames)}
     found: dict[str, Shape] = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     check_names(expected, found, str(source))
+
+    def parts_of(entry: Entry) -> Iterable[Tensor]:
+        return (place.take(tensors[place.name]) for place in places(entry, num_frames))
+
     with new_folder(output, options.overwrite) as writing:
-        checkpoint = write_initial_checkpoint(writing, run, _joined(table, tensors, num_frames))
-        save_config(run, writing / CONFIG_FILE)
-        difference = None
-        if options.verify:
-            # What was just written needs no check of its checksums: every byte takes part in the logits.
-            stored = StoredTensors(checkpoint, contents=False)
-            original = torchscale_logits(run.model, tensors, verification_batch(run.model))
-            converted = training_logits(run, lambda name: stored.read(MODEL_PREFIX + name))
-            difference = largest_difference(original, converted)
-        report = ConversionReport(
-            source=str(source),
-            step=0,
-            num_parameters=sum(torch.Size(shape).numel() for entry in table for shape in entry.hf_shapes),
-            dtype="float32",
-            max_abs_logit_diff=difference,
-            bound=MAX_ABS_LOGIT_DIFF,
-            code_version=__version__,
-        )
-        report.check()
-        report.write(writing)
-    return report
+        batch = verification_batch(run.model)
+        original = partial(torchscale_logits, run.model, tensors, batch) if options.verify else None
+        return write_run(writing, run, source, table, parts_of, original)
 
 
 def _check_settings(run: RunConfig, options: TorchscaleOptions) -> None:
@@ -120,9 +98,3 @@ def _read_state_dict(path: Path) -> dict[str, Tensor]:
     if not is_named or not all(isinstance(tensor, Tensor) for tensor in state.values()):
         raise ConversionError(f"{path} holds more than tensors by name; save model.state_dict() alone")
     return state
-
-
-def _joined(table: tuple[Entry, ...], tensors: dict[str, Tensor], num_frames: int) -> Iterator[tuple[str, Tensor]]:
-    for entry in table:
-        parts = (place.take(tensors[place.name]) for place in places(entry, num_frames))
-        yield entry.training_name, entry.join(*parts)

@@ -4,7 +4,8 @@ The checkpoint has masters alone, so `kosmos train` finds every weight newly tra
 is at step 0, so the data begins at its first sample, whatever the data is.
 """
 
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +15,18 @@ from transformers import XLMRobertaTokenizer
 
 from megatron_kosmos import __version__
 from megatron_kosmos.checkpoint.folders import CHECKPOINTS, complete_folder
+from megatron_kosmos.checkpoint.load import StoredTensors
 from megatron_kosmos.checkpoint.write_tensors import TensorWriter
-from megatron_kosmos.config import RunConfig, load_config, parse_config
+from megatron_kosmos.config import RunConfig, load_config, parse_config, save_config
 from megatron_kosmos.data.errors import DataError
 from megatron_kosmos.data.tokenization.making import import_tokenizer
 from megatron_kosmos.data.tokenization.settings import SETTINGS_FILE
 from megatron_kosmos.data.tokenization.tokenizer import KosmosTokenizer
 from megatron_kosmos.engine.checkpointing import MODEL_PREFIX
-from megatron_kosmos.engine.conversion import MAX_FILE_BYTES, ConversionError
+from megatron_kosmos.engine.conversion import MAX_FILE_BYTES, ConversionError, ConversionReport
 from megatron_kosmos.engine.resumption import differing_fields
+from megatron_kosmos.engine.verify_conversion import largest_difference, training_logits
+from megatron_kosmos.hf.name_map import Entry
 from megatron_kosmos.prompt import END_OF_IMAGE, IMAGE, LINE
 
 CONFIG_FILE = "config.yaml"
@@ -60,16 +64,44 @@ def run_of(model: Mapping[str, Any], output: Path, config: Path | None) -> RunCo
     return run
 
 
-def write_initial_checkpoint(run_dir: Path, run: RunConfig, weights: Iterable[tuple[str, Tensor]]) -> Path:
-    """Write the checkpoint of a run that has not begun, from weights by global name; return its folder."""
-    folder = complete_folder(run_dir / CHECKPOINTS, 0)
-    folder.mkdir(parents=True)
-    writer = TensorWriter(folder, MAX_FILE_BYTES)
-    for name, tensor in weights:
-        writer.add(MODEL_PREFIX + name, tensor.to(torch.float32).contiguous())
+def write_run(
+    folder: Path,
+    run: RunConfig,
+    source: Path,
+    table: tuple[Entry, ...],
+    parts_of: Callable[[Entry], Iterable[Tensor]],
+    original_logits: Callable[[], Tensor] | None,
+) -> ConversionReport:
+    """Write the configuration of a run that has not begun, its checkpoint, and the report, which is returned.
+
+    `parts_of` reads an entry's exported tensors from `source`. `original_logits` gives its model's logits on
+    `verification_batch`; None compares nothing. Raises ConversionError where the models differ.
+    """
+    save_config(run, folder / CONFIG_FILE)
+    checkpoint = complete_folder(folder / CHECKPOINTS, 0)
+    checkpoint.mkdir(parents=True)
+    writer = TensorWriter(checkpoint, MAX_FILE_BYTES)
+    for entry in table:
+        weight = entry.join(*parts_of(entry))
+        writer.add(MODEL_PREFIX + entry.training_name, weight.to(torch.float32).contiguous())
     state = {"config": run.model_dump(mode="json"), "data": None, "step": 0, "updates": 0, "version": __version__}
     writer.close(0, state)
-    return folder
+    difference = None
+    if original_logits is not None:
+        # What was just written needs no check of its checksums: every byte takes part in the logits.
+        stored = StoredTensors(checkpoint, contents=False)
+        converted = training_logits(run, lambda name: stored.read(MODEL_PREFIX + name))
+        difference = largest_difference(original_logits(), converted)
+    report = ConversionReport(
+        source=str(source),
+        step=0,
+        num_parameters=sum(math.prod(shape) for entry in table for shape in entry.hf_shapes),
+        dtype="float32",
+        max_abs_logit_diff=difference,
+    )
+    report.check()
+    report.write(folder)
+    return report
 
 
 def take_tokenizer(source: Path, run_dir: Path, vocab_size: int) -> str | None:
