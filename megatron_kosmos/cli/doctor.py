@@ -110,7 +110,7 @@ def _print(findings: "Findings", title: str) -> None:
         return
     from rich.console import Console
 
-    from megatron_kosmos.engine.doctor.render import render
+    from megatron_kosmos.engine.doctor.checks import render
 
     # A job's log has no width of its own.
     render(findings.checks, title, Console(width=None if sys.stdout.isatty() else 120))

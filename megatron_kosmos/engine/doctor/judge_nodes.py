@@ -6,9 +6,11 @@ from dataclasses import dataclass
 
 from rich.filesize import decimal
 
-from megatron_kosmos.engine.doctor.checks import Check, Status
+from megatron_kosmos.config import ConfigError, RunConfig
+from megatron_kosmos.engine.doctor.checks import Check, Status, first_of
 from megatron_kosmos.engine.doctor.facts import NodeFacts
 from megatron_kosmos.engine.doctor.meeting import ClockOffset
+from megatron_kosmos.model.kernels import LIBRARIES, Obstacle, resolve, why_missing
 
 _GB = 10**9
 _LEAST_DISK, _LITTLE_DISK = _GB, 20 * _GB
@@ -101,6 +103,36 @@ _BROKEN_GPU = "nvidia-smi there; drain the node or leave it out (sbatch --exclud
 _FEW_GPUS = "ask for them (--gpus-per-node), set --gpus to what there is, or leave the node out (sbatch --exclude=NODE)"
 
 
+def judge_kernels(nodes: Sequence[NodeFacts], run: RunConfig | None) -> list[Check]:
+    """Tell which kernels the job will compute with, and how to get the rest.
+
+    What one node lacks none uses; a kernel that the settings name must be on all.
+    """
+    by_node = {node.name: [Obstacle(one) for one in node.devices[0].obstacles] for node in nodes if node.devices}
+    if not by_node or not all(by_node.values()):
+        return []  # a device that can't be used is told elsewhere
+    worst = dict(zip(LIBRARIES, (max(column) for column in zip(*by_node.values(), strict=True)), strict=True))
+    checks = []
+    if run is not None:
+        try:
+            checks.append(Check("kernels", Status.GOOD, f"in use: {resolve(run, worst)}"))
+        except ConfigError as error:
+            return [Check("kernels", Status.BAD, str(error), "install it on every node, or set it to auto")]
+    if all(obstacle == Obstacle.NO_CUDA for obstacle in worst.values()):
+        found = "torch's own: the faster ones (flash-attn, TransformerEngine, apex) need an NVIDIA GPU"
+        return [*checks, Check("kernels", Status.GOOD, found)] if run is None else checks
+    for number, (choice, obstacle) in enumerate(worst.items()):
+        key, value = choice
+        if obstacle == Obstacle.NONE:
+            checks.append(Check("kernels", Status.GOOD, f"kernels.{key}={value} can be used"))
+            continue
+        lacking = [name for name, obstacles in by_node.items() if obstacles[number] != Obstacle.NONE]
+        where = "" if len(lacking) == len(by_node) else f" on {first_of(lacking)} only: none will use it"
+        remedy = why_missing(choice, worst) or ""
+        checks.append(Check("kernels", Status.WARN, f"kernels.{key}={value} is not there{where}", remedy))
+    return checks
+
+
 def judge_memory(nodes: Sequence[NodeFacts], needs: Needs | None) -> list[Check]:
     """Is there memory on the GPUs and on the host?"""
 
@@ -153,9 +185,9 @@ def judge_folder(nodes: Sequence[NodeFacts], unseen: Mapping[int, Sequence[int]]
     ]
     blind = {seer: hidden for seer, hidden in unseen.items() if hidden}
     if blind and not checks:
-        found = "; ".join(f"{names[seer]} doesn't see {_list(names[one] for one in blind[seer])}" for seer in blind)
+        found = "; ".join(f"{names[seer]} doesn't see {first_of(names[one] for one in blind[seer])}" for seer in blind)
         odd = Counter(one for seer, hidden in blind.items() for one in (seer, *hidden)).most_common()
-        apart = _list(names[node] for node, count in odd if count == odd[0][1])
+        apart = first_of(names[node] for node, count in odd if count == odd[0][1])
         remedy = (
             f"look at {apart}: the folder must be on a file system that every node mounts, not on a node's own disk"
         )
@@ -229,13 +261,7 @@ def _each(
 
 
 def _names(nodes: Iterable[NodeFacts]) -> str:
-    return _list(node.name for node in nodes)
-
-
-def _list(names: Iterable[str]) -> str:
-    """Return the names, or the first of many."""
-    every = list(names)
-    return ", ".join(every[:8]) + (f" and {len(every) - 8} more" if len(every) > 8 else "")
+    return first_of(node.name for node in nodes)
 
 
 def _everywhere(nodes: Sequence[NodeFacts]) -> str:

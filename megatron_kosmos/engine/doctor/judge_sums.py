@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from rich.filesize import decimal
 
-from megatron_kosmos.engine.doctor.checks import Check, Status
+from megatron_kosmos.engine.doctor.checks import Check, Status, first_of
 from megatron_kosmos.engine.doctor.facts import SumFacts
 
 _SUBJECT = "all-reduce"
@@ -36,10 +36,8 @@ def _judge_failure(ranks: Sequence[SumFacts], name_of: Callable[[int], str]) -> 
     failed = [number for number, rank in enumerate(ranks) if rank.error]
     silent = [number for number in failed if ranks[number].is_silent]
     suspects = silent or failed
-    shown = "; ".join(f"{name_of(number)}, {ranks[number].stage}: {ranks[number].error}" for number in suspects[:8]) + (
-        f"; and {len(suspects) - 8} more" if len(suspects) > 8 else ""
-    )
-    return Check(_SUBJECT, Status.BAD, f"{len(failed)} of {len(ranks)} ranks failed. {shown}", _NETWORK)
+    told = (f"{name_of(number)}, {ranks[number].stage}: {ranks[number].error}" for number in suspects)
+    return Check(_SUBJECT, Status.BAD, f"{len(failed)} of {len(ranks)} ranks failed. {first_of(told, '; ')}", _NETWORK)
 
 
 def _judge_wrong(ranks: Sequence[SumFacts], name_of: Callable[[int], str]) -> Check | None:
@@ -49,13 +47,13 @@ def _judge_wrong(ranks: Sequence[SumFacts], name_of: Callable[[int], str]) -> Ch
     counts = Counter(
         one for receiver, rank in enumerate(ranks) for sender in rank.wrong_senders for one in {sender, receiver}
     )
-    with_wrong_sum = [number for number, rank in enumerate(ranks) if rank.wrong_sums]
     if counts:
         most = max(counts.values())
-        suspects = [number for number in sorted(counts) if counts[number] == most]
-        found = f"sums are wrong: data of {_list(suspects, name_of)} arrive changed"
+        suspects = first_of((name_of(number) for number in sorted(counts) if counts[number] == most), "; ")
+        found = f"sums are wrong: data of {suspects} arrive changed"
     else:
-        found = f"sums are wrong on {_list(with_wrong_sum, name_of)}, while what each rank sends arrives whole"
+        suspects = first_of((name_of(number) for number, rank in enumerate(ranks) if rank.wrong_sums), "; ")
+        found = f"sums are wrong on {suspects}, while what each rank sends arrives whole"
     return Check(_SUBJECT, Status.BAD, found, f"the numbers of a training would be wrong: {_NETWORK}")
 
 
@@ -100,7 +98,3 @@ def _slowest(
 
 def _time(seconds: float) -> str:
     return f"{seconds * 1e3:.1f} ms" if seconds < 1 else f"{seconds:.2f} s"
-
-
-def _list(numbers: Sequence[int], name_of: Callable[[int], str]) -> str:
-    return "; ".join(map(name_of, numbers[:8])) + (f"; and {len(numbers) - 8} more" if len(numbers) > 8 else "")

@@ -11,12 +11,12 @@ from megatron_kosmos.engine.doctor.checks import Check, Status, is_good
 from megatron_kosmos.engine.doctor.deadline import within
 from megatron_kosmos.engine.doctor.facts import NodeFacts, SumFacts
 from megatron_kosmos.engine.doctor.follow import GOOD, unseen
-from megatron_kosmos.engine.doctor.judge_kernels import judge_kernels
 from megatron_kosmos.engine.doctor.judge_nodes import (
     Needs,
     judge_clocks,
     judge_devices,
     judge_folder,
+    judge_kernels,
     judge_memory,
     judge_run,
     judge_versions,

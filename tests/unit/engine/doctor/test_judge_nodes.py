@@ -9,12 +9,12 @@ import pytest
 from megatron_kosmos.config import RunConfig
 from megatron_kosmos.engine.doctor.checks import Check, Status
 from megatron_kosmos.engine.doctor.facts import DeviceFacts, FolderFacts, NodeFacts, Wire
-from megatron_kosmos.engine.doctor.judge_kernels import judge_kernels
 from megatron_kosmos.engine.doctor.judge_nodes import (
     Needs,
     judge_clocks,
     judge_devices,
     judge_folder,
+    judge_kernels,
     judge_memory,
     judge_run,
     judge_versions,
@@ -96,6 +96,12 @@ def test_a_node_with_another_version_is_named(nodes: list[NodeFacts], package: s
     assert f"{package} differs" in bad.found
     assert f"{version or 'absent'} on n1" in bad.found
     assert "on n0, n2" in bad.found
+
+
+def test_of_many_nodes_the_first_are_named(nodes: list[NodeFacts]) -> None:
+    many = [replace(nodes[0], node=number, name=f"n{number}", unfit=("apex 0",)) for number in range(10)]
+    bad = only(judge_versions(many), Status.BAD)
+    assert bad.found == "n0, n1, n2, n3, n4, n5, n6, n7, and 2 more: apex 0"
 
 
 def test_a_library_out_of_range_is_named_with_the_range(nodes: list[NodeFacts]) -> None:
