@@ -20,7 +20,7 @@ from megatron_kosmos.checkpoint.save import save_checkpoint
 from megatron_kosmos.cli import convert as convert_command
 from megatron_kosmos.config import ConfigError
 from megatron_kosmos.data.errors import DataError
-from megatron_kosmos.data.tokenization.making import TrainingSettings, import_tokenizer, train_tokenizer
+from megatron_kosmos.data.tokenization.making import import_tokenizer
 from megatron_kosmos.engine import conversion, convert
 from megatron_kosmos.engine.conversion import ConversionError
 from megatron_kosmos.engine.convert import ExportOptions, last_metrics, to_hf
@@ -30,16 +30,8 @@ from megatron_kosmos.hf.name_map import Entry, NameMapError
 from tests.distributed.presets import shrunk
 from tests.distributed.tiny import tiny_run
 from tests.unit.data.tokenization.foreign_tokenizers import falcon_like
+from tests.unit.engine.exported import TEXT
 from tests.unit.hf.checkpoints import STEP, trained_run
-
-TEXT = ["An image of a handwritten seven. Words and numbers, 0 1 2 3 4 5 6 7 8 9.\nAnother line."] * 5
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("tokenizer")
-    train_tokenizer(TEXT, TrainingSettings(vocab_size=300)).save(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from megatron_kosmos.checkpoint.load import StoredTensors
 from megatron_kosmos.cli import convert as convert_command
 from megatron_kosmos.config import load_config, save_config
-from megatron_kosmos.data.tokenization.making import TrainingSettings, import_tokenizer, train_tokenizer
+from megatron_kosmos.data.tokenization.making import import_tokenizer
 from megatron_kosmos.data.tokenization.tokenizer import KosmosTokenizer
 from megatron_kosmos.engine import from_hf as from_hf_module
 from megatron_kosmos.engine.conversion import ConversionError
@@ -30,17 +30,10 @@ from tests.distributed.presets import shrunk
 from tests.distributed.tiny import tiny_run
 from tests.unit.checkpoint.test_save import run_in_child
 from tests.unit.data.tokenization.foreign_tokenizers import falcon_like
+from tests.unit.engine.exported import TEXT
 from tests.unit.hf.checkpoints import trained_run
 
-TEXT = ["An image of a handwritten seven. Words and numbers, 0 1 2 3 4 5 6 7 8 9.\nAnother line."] * 5
 WEIGHTS = "model.safetensors"
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("tokenizer")
-    train_tokenizer(TEXT, TrainingSettings(vocab_size=300)).save(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -95,15 +95,9 @@ def test_heldout_captions_are_of_their_side(captions: CorpusConfig, tokenizer_fo
 
 
 @pytest.fixture
-def captions(
-    prepare_corpus: Callable[..., CorpusConfig],
-    write_lines: Callable[[str, Sequence[str]], Path],
-    picture: Callable[..., bytes],
-    tmp_path: Path,
-) -> CorpusConfig:
-    (tmp_path / "a.png").write_bytes(picture())
-    lines = [json.dumps({"image": "a.png", "caption": f"picture {number}"}) for number in range(30)]
-    return prepare_corpus("caption", write_lines("captions.jsonl", lines))
+def captions(prepare_blend: Callable[..., tuple[CorpusConfig, ...]]) -> CorpusConfig:
+    lines = [{"image": "0.png", "caption": f"picture {number}"} for number in range(30)]
+    return prepare_blend({"caption": lines}, num_pictures=1)[0]
 
 
 @pytest.mark.parametrize("train, heldout", [(None, None), (None, 0.1), (0.1, None), (0.1, 0.2)])

@@ -1,9 +1,7 @@
 """The order of training is exact in its shares and a pure function of the seed and the index."""
 
-import json
 from collections import Counter
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -75,20 +73,10 @@ def test_shuffles_are_uniform() -> None:
 
 
 @pytest.fixture
-def packers(
-    prepare_corpus: Callable[..., CorpusConfig],
-    write_lines: Callable[[str, Sequence[str]], Path],
-    picture: Callable[..., bytes],
-    tokenizer: KosmosTokenizer,
-    tmp_path: Path,
-) -> list[Packer]:
-    (tmp_path / "a.png").write_bytes(picture())
-    texts = [json.dumps({"text": f"{number} bottles of beer on the wall" * (number % 5 + 1)}) for number in range(30)]
-    captions = [json.dumps({"image": "a.png", "caption": f"picture {number}"}) for number in range(40)]
-    configs = [
-        prepare_corpus("text", write_lines("text.jsonl", texts)),
-        prepare_corpus("caption", write_lines("captions.jsonl", captions)),
-    ]
+def packers(prepare_blend: Callable[..., tuple[CorpusConfig, ...]], tokenizer: KosmosTokenizer) -> list[Packer]:
+    texts = [{"text": f"{number} bottles of beer on the wall" * (number % 5 + 1)} for number in range(30)]
+    captions = [{"image": "0.png", "caption": f"picture {number}"} for number in range(40)]
+    configs = prepare_blend({"text": texts, "caption": captions}, num_pictures=1)
     row_format = RowFormat(sequence_length=64, num_latents=4)
     return [Packer(Corpus(config, tokenizer), row_format, tokenizer, skip_misfits=False) for config in configs]
 
