@@ -15,7 +15,7 @@ die() {
 
 read_env_file() {
   local file=${ENV_FILE:-$ROOT/launch/env.sh}
-  if [[ -f $file ]]; then
+  if [[ -e $file ]]; then
     # shellcheck source=launch/env.example.sh
     source "$file"
   elif [[ -n ${ENV_FILE:-} ]]; then

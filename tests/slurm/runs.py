@@ -2,8 +2,11 @@
 
 import io
 import json
+import os
 import random
+import signal
 import tarfile
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -103,6 +106,7 @@ class Run:
             "TIME": "00:30:00",
             "CONFIG": f"configs/kosmos_tiny.yaml {self.data.config}",
             "RUN_DIR": str(self.folder),
+            "PREFLIGHT": "0",
             "PREFLIGHT_OPTIONS": "--cpu --timeout 200",
             "MAX_RESTARTS": "30",
         }
@@ -121,6 +125,24 @@ class Run:
         """Wait till the run got to a step."""
         until(lambda: len(self.series()) >= step or job.state == "FAILED", f"step {step} of {self.folder}")
         assert job.state != "FAILED", job.log
+
+    def signal_rank(self, rank: int, number: signal.Signals) -> None:
+        """Send a signal to one rank; its launcher and the other ranks get none."""
+        (process,) = self.processes(rank)
+        os.kill(process, number)
+
+    def processes(self, rank: int | None = None) -> list[int]:
+        """Processes that train here, launchers included, or those of one rank."""
+        found = []
+        for process in Path("/proc").glob("[0-9]*"):
+            with suppress(OSError):  # it ended meanwhile
+                arguments = (process / "cmdline").read_bytes().split(b"\0")
+                variables = (process / "environ").read_bytes().split(b"\0")
+                if f"run_dir={self.folder}".encode() in arguments and (
+                    rank is None or f"RANK={rank}".encode() in variables
+                ):
+                    found.append(int(process.name))
+        return found
 
     def checkpoints(self) -> list[int]:
         """Steps of the checkpoints that have their names."""
