@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help install quickstart test test-nightly fidelity bench-data check clean
+.PHONY: help install quickstart test test-nightly test-slurm test-slurm-nightly slurm fidelity bench-data check clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):.*## */  make \1\t/' | expand -t 22
@@ -26,6 +26,16 @@ test: $(VENV)/.installed-for-tests ## install, then lint, check types and layers
 
 test-nightly: $(VENV)/.installed-for-tests ## the tests that are too long for every day: 300 random combinations, 100 kills, every layout resumed
 	$(PYTEST) -m nightly -o faulthandler_timeout=3900  # some may take an hour; their own marks end them before
+
+test-slurm: $(VENV)/.installed-for-tests slurm ## trainings on a real SLURM cluster on this machine: signal, crash, array; needs root
+	$(BIN)/python -m pytest tests/slurm -m 'slurm and not nightly'
+
+test-slurm-nightly: $(VENV)/.installed-for-tests slurm ## the long ones: every way to lose a job, 64 ranks, a soak; needs root
+	$(BIN)/python -m pytest tests/slurm -m 'slurm and nightly'
+
+slurm:
+	@for program in slurmctld slurmd munged sbatch ip; do command -v $$program >/dev/null || missing=1; done; \
+	test -z "$${missing:-}" || { apt-get update -q && apt-get install -q -y --no-install-recommends slurm-wlm munge iproute2; }
 
 fidelity: $(VENV)/.installed-for-tests ## compare with the oracles and write the figures into docs/fidelity.md
 	$(BIN)/python -m pytest tests/parity --fidelity docs/fidelity.md

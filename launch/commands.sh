@@ -34,6 +34,7 @@ job_options() {
 
 # gpu_options: fill GPUS with the options of sbatch that ask for whole nodes of GPUs.
 gpu_options() {
+  # shellcheck disable=SC2153  # both are variables of ours
   GPUS=("--nodes=$NODES" --ntasks-per-node=1 "--gpus-per-node=${GPU_TYPE:+$GPU_TYPE:}$GPUS_PER_NODE" "--time=$TIME")
   if [[ -n $CPUS_PER_NODE ]]; then GPUS+=("--cpus-per-task=$CPUS_PER_NODE"); else GPUS+=(--exclusive --mem=0); fi
 }

@@ -10,7 +10,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 SCRIPT = Path(__file__).with_name("cluster.sh")
 ENDED = {"COMPLETED", "FAILED", "TIMEOUT", "CANCELLED", "NODE_FAIL", "PREEMPTED"}
-PATIENCE_SECONDS = 300
+PATIENCE_SECONDS = 600
 """How long anything may take on a machine that others use too; only what hangs gets there."""
 
 

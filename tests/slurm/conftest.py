@@ -1,15 +1,21 @@
 """The cluster, its data, and the run that nothing disturbs: made once for all tests here."""
 
-import os
+import faulthandler
 from collections.abc import Generator
 from pathlib import Path
 
 import pytest
 
-from tests.slurm.cluster import ENDED, Cluster
+from tests.slurm.cluster import Cluster
 from tests.slurm.runs import Run, TinyData
 
-STEPS = 100
+STEPS = 40
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """Leave hangs to each test's own timeout: the five minutes of pyproject.toml end pytest, and the cluster stays."""
+    faulthandler.cancel_dump_traceback_later()
 
 
 @pytest.fixture(scope="session")

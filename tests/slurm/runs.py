@@ -34,7 +34,7 @@ class TinyData:
 
     @property
     def captions(self) -> Path:
-        return self.folder / "captions.tar"
+        return self.folder / "noise.tar"
 
     @property
     def config(self) -> Path:
@@ -83,7 +83,7 @@ class TinyData:
                 "train": corpora,
                 "heldout": [],
             },
-            "checkpoint": {"every": 10},
+            "checkpoint": {"every": 5},
         }
 
 

@@ -8,7 +8,7 @@ from tests.slurm.cluster import until
 from tests.slurm.conftest import STEPS
 from tests.slurm.runs import Run
 
-pytestmark = [pytest.mark.slurm, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(1800)]
 
 
 def test_the_job_of_64_gpus_is_accepted(run: Run) -> None:
@@ -32,12 +32,12 @@ def test_two_nodes_train_and_a_finished_run_does_not_start_again(undisturbed: Ru
 
 def test_a_signal_and_a_crash_leave_no_trace(run: Run, undisturbed: Run) -> None:
     job = run.submit(STEPS)
-    run.reach(25, job)
+    run.reach(8, job)
     job.signal()
     until(lambda: job.restarts == 1, "put back into the queue after the signal")
     saved = run.checkpoints()[-1]
     assert len(run.series()) == saved
-    run.reach(saved + 12, job)
+    run.reach(saved + 7, job)
     run.signal_rank(2, signal.SIGKILL)
     assert job.finish() == "COMPLETED"
     assert job.restarts == 2
