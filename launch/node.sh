@@ -15,7 +15,16 @@ case ${1:-} in
   train)
     # An ignored signal stays so in what is started: the launcher outlives it, and the ranks set their own handlers.
     trap '' USR1 TERM
-    exec "${TRAINING_COMMAND[@]}"
+    # Launchers leave files behind when they are killed: here they have a folder, which the next start of the job clears.
+    : "${TMPDIR:=/tmp}"
+    export TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-$TMPDIR/torchinductor_$(id -un)} # this one may stay
+    rm -rf "$TMPDIR/kosmos-${ATTEMPT%.*}."*"-${SLURM_NODEID:-0}"
+    export TMPDIR=$TMPDIR/kosmos-$ATTEMPT-${SLURM_NODEID:-0}
+    mkdir -p "$TMPDIR"
+    code=0
+    "${TRAINING_COMMAND[@]}" || code=$?
+    rm -rf "$TMPDIR"
+    exit "$code"
     ;;
   *) die "usage: node.sh preflight|train, as a task of the job" ;;
 esac

@@ -9,7 +9,7 @@ import pytest
 from tests.slurm.cluster import Cluster
 from tests.slurm.runs import Run, TinyData
 
-STEPS = 40
+STEPS = 24
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -83,7 +83,7 @@ class TinyData:
                 "train": corpora,
                 "heldout": [],
             },
-            "checkpoint": {"every": 5},
+            "checkpoint": {"every": 4},
         }
 
 

@@ -22,7 +22,7 @@ def finish_like(run: Run, job: Job, undisturbed: Run, least_restarts: int = 1) -
 @pytest.mark.parametrize("fault", faults.FAULTS, ids=lambda fault: fault.__name__)
 def test_a_fault_leaves_no_trace(fault: object, run: Run, undisturbed: Run) -> None:
     job = run.submit(STEPS)
-    run.reach(8, job)
+    run.reach(6, job)
     assert callable(fault)
     fault(run, job)
     finish_like(run, job, undisturbed)
@@ -32,7 +32,7 @@ def test_a_fault_leaves_no_trace(fault: object, run: Run, undisturbed: Run) -> N
 
 def test_a_node_that_does_not_return_is_replaced(run: Run, undisturbed: Run) -> None:
     job = run.submit(STEPS)
-    run.reach(8, job)
+    run.reach(6, job)
     lost = faults.cut_power_of(run.cluster, job, 1)
     try:
         finish_like(run, job, undisturbed)
@@ -52,7 +52,7 @@ def test_the_time_limit(run: Run, undisturbed: Run) -> None:
 
 def test_a_frozen_rank_is_found_by_the_watchdog(run: Run, undisturbed: Run) -> None:
     job = run.submit(STEPS, "health.watchdog_seconds=15")
-    run.reach(8, job)
+    run.reach(6, job)
     run.signal_rank(3, signal.SIGSTOP)
     finish_like(run, job, undisturbed)
     assert list((run.folder / "hang").rglob("*"))
@@ -61,7 +61,7 @@ def test_a_frozen_rank_is_found_by_the_watchdog(run: Run, undisturbed: Run) -> N
 def test_a_full_disk(run: Run, undisturbed: Run) -> None:
     small = Run(run.cluster, run.data, run.cluster.folder / "small" / "run")
     job = small.submit(STEPS)
-    small.reach(8, job)
+    small.reach(6, job)
     filler = faults.fill(small.folder)
     until(lambda: job.restarts >= 1, "the failure to save")
     filler.unlink()
@@ -111,7 +111,7 @@ def test_failures_without_progress_end(run: Run) -> None:
 
 def test_a_cancelled_job_saves_and_stays_cancelled(run: Run, undisturbed: Run) -> None:
     job = run.submit(STEPS)
-    run.reach(8, job)
+    run.reach(6, job)
     run.cluster.call("scancel", job.number)
     until(lambda: run.cluster.idle_nodes() == 8, "the nodes free again")
     assert (job.state, job.restarts) == ("CANCELLED", 0)
@@ -122,7 +122,7 @@ def test_a_cancelled_job_saves_and_stays_cancelled(run: Run, undisturbed: Run) -
 
 def test_deepspeed_as_launcher(run: Run, undisturbed: Run) -> None:
     job = run.submit(STEPS, LAUNCHER="deepspeed")
-    run.reach(8, job)
+    run.reach(6, job)
     job.signal()
     finish_like(run, job, undisturbed)
     assert "saved and stopped at step" in job.log

@@ -32,12 +32,12 @@ def test_two_nodes_train_and_a_finished_run_does_not_start_again(undisturbed: Ru
 
 def test_a_signal_and_a_crash_leave_no_trace(run: Run, undisturbed: Run) -> None:
     job = run.submit(STEPS)
-    run.reach(8, job)
+    run.reach(6, job)
     job.signal()
     until(lambda: job.restarts == 1, "put back into the queue after the signal")
     saved = run.checkpoints()[-1]
     assert len(run.series()) == saved
-    run.reach(saved + 7, job)
+    run.reach(saved + 5, job)
     run.signal_rank(2, signal.SIGKILL)
     assert job.finish() == "COMPLETED"
     assert job.restarts == 2

@@ -29,7 +29,7 @@ def test_jobs_leave_nothing_and_the_cluster_neither(cluster: Cluster, undisturbe
     cluster.clear()
     training = [line for line in processes_of(cluster) if "megatron_kosmos" in line]
     assert training == []
-    assert list(cluster.temporary.iterdir()) == []
+    assert {path.name for path in cluster.temporary.iterdir()} <= {"torchinductor_root"}  # torch's cache, to be kept
     assert undisturbed.processes() == []
     assert processes_of(cluster) != []  # the look-up finds what is there
     cluster.down()
