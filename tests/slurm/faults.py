@@ -77,7 +77,7 @@ def inside(cluster: Cluster, node: str, *command: str) -> None:
     """Run a command in a node's namespaces."""
     (first,) = Path(f"/proc/{node_process(cluster, node)}/task").glob("*/children")
     child = first.read_text().split()[0]
-    subprocess.run(["nsenter", "-t", child, "-m", "-u", "-n", *command], check=True, timeout=60)
+    subprocess.run(["nsenter", "-t", child, "-m", "-p", "-u", "-n", *command], check=True, timeout=60)
 
 
 def node_process(cluster: Cluster, node: str) -> int:
