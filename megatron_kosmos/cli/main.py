@@ -10,10 +10,10 @@ from typing import Annotated
 import typer
 
 from megatron_kosmos import __version__
-from megatron_kosmos.cli import convert, doctor, evaluate, generate, inspect, preprocess, tokenizer, train
+from megatron_kosmos.cli import convert, doctor, evaluate, generate, inspect, preprocess, status, tokenizer, train
 from megatron_kosmos.config import ConfigError
 
-COMMANDS: tuple[ModuleType, ...] = (tokenizer, preprocess, inspect, doctor, train, evaluate, convert, generate)
+COMMANDS: tuple[ModuleType, ...] = (tokenizer, preprocess, inspect, doctor, train, status, evaluate, convert, generate)
 """Modules with a `register(app)`, in the order of `kosmos --help`."""
 
 
