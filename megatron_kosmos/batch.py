@@ -66,6 +66,12 @@ class MultimodalBatch:
         """Positions that count in the loss."""
         return int(self.loss_mask.sum())
 
+    @property
+    def num_attention_pairs(self) -> int:
+        """Pairs of a query and a key at or before it in the same segment."""
+        lengths = self.document_starts.long().diff()
+        return int((lengths * (lengths + 1)).sum()) // 2
+
     def slots(self, num_latents: int) -> Tensor:
         """Return [B, T] bool, true on the `num_latents` slots of each image."""
         slots = torch.zeros_like(self.loss_mask)

@@ -13,6 +13,7 @@ from megatron_kosmos.observability.flops import (
     FORWARD_ONLY,
     Backward,
     Products,
+    attention_products,
     decoder_layer_products,
     feature_products,
     output_products,
@@ -63,15 +64,18 @@ def training_costs(run: RunConfig) -> PieceCosts:
     return PieceCosts(layers, images_per_sequence(run) * _image(run), output.training(*_backward(run, "output")))
 
 
-def training_flops(run: RunConfig, num_tokens: int, num_images: int) -> int:
+def training_flops(run: RunConfig, num_tokens: int, num_images: int, num_pairs: int) -> int:
     """Return the operations of a training step over `num_tokens` positions and `num_images` real images.
 
+    `num_pairs` are the pairs of a query and a key that attention computes, fewer where documents are masked.
     Recomputation doesn't count: what is done twice is no more model.
     """
-    layer, output = _products_of_a_token(run)
-    token = sum(layer.training(backward) for backward in _backward(run, "decoder_layer"))
-    token += output.training(*_backward(run, "output"))
-    return num_tokens * token + num_images * _image(run)
+    token, output = _products_of_a_token(run)
+    attention = attention_products(run.model.decoder, num_pairs)
+    layer = Products(num_tokens * token.weights, attention.activations)
+    layers = sum(layer.training(backward) for backward in _backward(run, "decoder_layer"))
+    outputs = num_tokens * output.training(*_backward(run, "output"))
+    return layers + outputs + num_images * _image(run)
 
 
 def images_per_sequence(run: RunConfig) -> float:

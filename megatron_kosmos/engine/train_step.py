@@ -57,6 +57,8 @@ class StepResult:
     learning_rate: float
     num_targets: int
     num_images: int
+    num_attention_pairs: int
+    """Pairs of a query and a key that each decoder layer's attention computes, over all data ranks."""
     compute_seconds: float
     """This rank's own forward and backward passes (`ComputeTimer`)."""
 
@@ -81,7 +83,7 @@ class StepRunner:
 
         A step without a target token anywhere leaves the weights alone.
         """
-        num_targets, num_images = self._count(microbatches)
+        num_targets, num_images, num_pairs = self._count(microbatches)
         for chunk in self.stage.chunks:
             chunk.train()
         scale = len(microbatches) * self.topology.dp_size / max(1, num_targets)
@@ -92,12 +94,12 @@ class StepRunner:
             compute_seconds = self.compute_timer.collect()
         if num_targets == 0:
             self.stage.optimizer.drop_gradients()
-            return StepResult(sums, 0.0, 0.0, 0, num_images, compute_seconds)
+            return StepResult(sums, 0.0, 0.0, 0, num_images, num_pairs, compute_seconds)
         with self.timers.section("finalize"):
             self.stage.optimizer.finalize()
         with self.timers.section("step"):
             grad_norm, learning_rate = self.stage.optimizer.step(step)
-        return StepResult(sums, grad_norm, learning_rate, num_targets, num_images, compute_seconds)
+        return StepResult(sums, grad_norm, learning_rate, num_targets, num_images, num_pairs, compute_seconds)
 
     @torch.no_grad()
     def evaluate(self, microbatches: Sequence[MultimodalBatch]) -> LossSums:
@@ -169,13 +171,15 @@ class StepRunner:
     def _module(self, chunk: KosmosModel) -> nn.Module:
         return self.stage.optimizer.module_to_run or chunk
 
-    def _count(self, microbatches: Sequence[MultimodalBatch]) -> tuple[int, int]:
-        """Return target tokens and images of the whole step. All-reduce over the data ranks."""
-        counts = [(batch.num_target_tokens, len(batch.image_positions)) for batch in microbatches]
+    def _count(self, microbatches: Sequence[MultimodalBatch]) -> tuple[int, int, int]:
+        """Return target tokens, images and attention pairs of the whole step. All-reduce over the data ranks."""
+        counts = [
+            (batch.num_target_tokens, len(batch.image_positions), batch.num_attention_pairs) for batch in microbatches
+        ]
         total = torch.tensor(counts, device=self.topology.device).sum(0)
         dist.all_reduce(total, group=self.topology.dp_group)
-        num_targets, num_images = total.tolist()
-        return num_targets, num_images
+        num_targets, num_images, num_pairs = total.tolist()
+        return num_targets, num_images, num_pairs
 
     def _reduce(self, outputs: Sequence[dict[str, Tensor]]) -> LossSums:
         """Add up the microbatches' sums of the last stage: all-reduce over the data ranks, broadcast to all stages."""

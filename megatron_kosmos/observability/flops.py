@@ -1,8 +1,8 @@
 """Counted floating-point operations of the model's pieces, and what share of the hardware's peak they are.
 
 Only matrix products count, two operations a multiply-add. What the hardware does besides does not count: padding of the
-vocabulary, blank images of text-only microbatches. Attention counts over the whole row, under document masks too,
-where it does less.
+vocabulary, blank images of text-only microbatches. Attention counts the pairs of a query and a key that it
+sees: half of a row's square, and where documents are masked half of the squares of the documents.
 
 In a training step a product with a weight costs its forward pass once more where its input needs a gradient, and once
 more where the weight is trained. A product of two activations (attention's scores and weighted values) costs twice its
@@ -81,6 +81,16 @@ def decoder_layer_products(decoder: DecoderConfig, sequence_length: int) -> Prod
     projections = 2 * decoder.width * (2 * decoder.width + 2 * groups * decoder.head_size)
     ffn = 4 * decoder.width * decoder.ffn_width
     return Products(projections + ffn, 2 * (sequence_length + 1) * decoder.width)
+
+
+def causal_pairs(length: int) -> int:
+    """Return the pairs of a query and a key at or before it in a segment of so many tokens."""
+    return length * (length + 1) // 2
+
+
+def attention_products(decoder: DecoderConfig, num_pairs: int) -> Products:
+    """Return what so many pairs of query and key take in one decoder layer: score and weighted value, 4·D a pair."""
+    return Products(0, 4 * decoder.width * num_pairs)
 
 
 def output_products(decoder: DecoderConfig) -> Products:

@@ -9,8 +9,8 @@ from megatron_kosmos.engine.builder import decoder_layers_of_chunks
 from megatron_kosmos.engine.costs import forward_costs, images_per_sequence, training_costs, training_flops
 from megatron_kosmos.engine.dry_run import plan
 from megatron_kosmos.engine.pieces import pieces
-from megatron_kosmos.observability.flops import decoder_layer_products, output_products
-from tests.distributed.tiny import LATENTS, LENGTH, frozen_vision, tiny_run
+from megatron_kosmos.observability.flops import causal_pairs, decoder_layer_products, output_products
+from tests.distributed.tiny import FIRST_DOCUMENT, LATENTS, LENGTH, MICRO, frozen_vision, step_batches, tiny_run
 
 MIXTURE = [
     {"kind": "text", "prefix": "a", "weight": 2.0},
@@ -37,7 +37,7 @@ def test_pieces_add_up_to_the_whole_model() -> None:
     assert forward.layers == (LENGTH * layers.forward,) * run.model.decoder.num_layers
     assert forward.output == LENGTH * output.forward
     # The number of images need not be whole, so the step is taken as one of a thousand sequences.
-    step = training_flops(run, 1000 * LENGTH, round(1000 * images_per_sequence(run)))
+    step = training_flops(run, 1000 * LENGTH, round(1000 * images_per_sequence(run)), 1000 * causal_pairs(LENGTH))
     assert 1000 * training.total == pytest.approx(step, rel=1e-3)
 
 
@@ -133,3 +133,16 @@ def test_stage_0_gets_more_layers_when_its_tower_has_no_backward_pass() -> None:
 def test_configured_chunks_are_taken_as_they_are() -> None:
     run = tiny_run(parallel__pipeline_parallel_size=2, parallel__chunk_layers=[3, 1])
     assert decoder_layers_of_chunks(run) == (3, 1)
+
+
+def test_masked_documents_cost_less_attention_and_nothing_else() -> None:
+    run = run_with()
+    (plain,), (masked,) = step_batches(0, "m"), step_batches(0, "d")
+    tokens, images = plain.input_ids.numel(), len(plain.image_positions)
+    assert plain.num_attention_pairs == MICRO * causal_pairs(LENGTH)
+    first, second = causal_pairs(FIRST_DOCUMENT), causal_pairs(LENGTH - FIRST_DOCUMENT)
+    assert masked.num_attention_pairs == MICRO * (first + second)
+    saved = plain.num_attention_pairs - masked.num_attention_pairs
+    costs = [training_flops(run, tokens, images, batch.num_attention_pairs) for batch in (plain, masked)]
+    decoder = run.model.decoder
+    assert costs[0] - costs[1] == 3 * decoder.num_layers * 4 * decoder.width * saved
