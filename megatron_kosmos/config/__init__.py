@@ -5,6 +5,7 @@ from megatron_kosmos.config.errors import ConfigError
 from megatron_kosmos.config.health import HealthConfig
 from megatron_kosmos.config.kernels import KernelsConfig
 from megatron_kosmos.config.loader import find_run_dir, load_config, parse_config, save_config
+from megatron_kosmos.config.logging import LoggingConfig, MlflowConfig, WandbConfig
 from megatron_kosmos.config.model import (
     CrossAttentionConfig,
     DecoderConfig,
@@ -14,7 +15,7 @@ from megatron_kosmos.config.model import (
     VisionConfig,
 )
 from megatron_kosmos.config.parallel import ParallelConfig
-from megatron_kosmos.config.run import CheckpointConfig, EvaluationConfig, LoggingConfig, RunConfig
+from megatron_kosmos.config.run import CheckpointConfig, EvaluationConfig, RunConfig
 from megatron_kosmos.config.training import OptimizerConfig, ParameterGroupConfig, TrainingConfig
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "HealthConfig",
     "KernelsConfig",
     "LoggingConfig",
+    "MlflowConfig",
     "ModelConfig",
     "OptimizerConfig",
     "ParallelConfig",
@@ -38,6 +40,7 @@ __all__ = [
     "RunConfig",
     "TrainingConfig",
     "VisionConfig",
+    "WandbConfig",
     "find_run_dir",
     "load_config",
     "parse_config",

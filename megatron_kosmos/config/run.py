@@ -10,24 +10,10 @@ from megatron_kosmos.config.data import DataConfig
 from megatron_kosmos.config.errors import ConfigError
 from megatron_kosmos.config.health import HealthConfig
 from megatron_kosmos.config.kernels import KernelsConfig
+from megatron_kosmos.config.logging import LoggingConfig
 from megatron_kosmos.config.model import ModelConfig
 from megatron_kosmos.config.parallel import ParallelConfig
 from megatron_kosmos.config.training import OptimizerConfig, TrainingConfig
-
-
-class LoggingConfig(StrictModel):
-    """What the loop writes and how often, in optimizer steps."""
-
-    metrics_every: PositiveInt = 1
-    """Steps between lines of metrics.jsonl and points in TensorBoard."""
-    profile_steps: tuple[int, int] | None = None
-    """First and last step, counted from 1, to record with torch.profiler for TensorBoard; null records none."""
-
-    @model_validator(mode="after")
-    def _profile_is_a_range(self) -> Self:
-        if self.profile_steps is not None and not 1 <= self.profile_steps[0] <= self.profile_steps[1]:
-            raise ValueError(f"profile_steps={list(self.profile_steps)} must be [first, last] with 1 <= first <= last")
-        return self
 
 
 class EvaluationConfig(StrictModel):

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from rich.console import Console
@@ -18,6 +19,7 @@ from megatron_kosmos.engine.trainer import Callback, StepReport
 from megatron_kosmos.observability.flops import model_flops_utilization, peak_flops
 from megatron_kosmos.observability.metrics import MetricsWriter
 from megatron_kosmos.observability.progress import ProgressLine
+from megatron_kosmos.observability.timers import TimeSplit
 from megatron_kosmos.prompt import SOURCE_KINDS
 
 logger = logging.getLogger(__name__)
@@ -77,8 +79,26 @@ class PackingMetrics(Callback):
             report.scalars.update(self.scalars)
 
 
+@dataclass
+class Since:
+    """What was done since the last line of metrics."""
+
+    num_steps: int = 0
+    seconds: float = 0.0
+    """In steps, callbacks left out."""
+    num_images: int = 0
+    flops: int = 0
+
+    def add(self, seconds: float, num_images: int, flops: int) -> None:
+        """Count one more step."""
+        self.num_steps += 1
+        self.seconds += seconds
+        self.num_images += num_images
+        self.flops += flops
+
+
 class Metrics(Callback):
-    """Writes a step's numbers and moves the progress line; on rank 0."""
+    """Writes a step's numbers and moves the progress line; on rank 0, after the callbacks that add numbers."""
 
     def __init__(
         self, run: RunConfig, runner: StepRunner, writer: MetricsWriter, world_size: int, first_step: int
@@ -89,17 +109,19 @@ class Metrics(Callback):
         self.progress.__enter__()
         device = runner.topology.device
         self.peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+        self.split, self.since = TimeSplit(runner.timers), Since()
 
     def after_step(self, report: StepReport) -> None:
-        """Write the line of metrics.jsonl and the points in TensorBoard."""
+        """Write the line of metrics.jsonl and the points in TensorBoard: of this step, rates since the line before."""
         result = report.result
         tokens = self.run.training.global_batch_size * self.run.data.sequence_length
-        tokens_per_second = tokens / report.seconds
-        self.progress.update(report.step, result.sums.mean, tokens_per_second)
-        seconds = self.runner.timers.collect()
+        slots = result.num_images * self.run.model.resampler.num_latents
+        left = self.progress.update(report.step, result.sums.mean, tokens / report.seconds)
+        flops = training_flops(self.run, tokens, result.num_images, result.num_attention_pairs)
+        self.since.add(report.seconds, result.num_images, flops)
         if not report.is_due(self.run.logging.metrics_every) and not report.scalars:
             return
-        flops = training_flops(self.run, tokens, result.num_images)
+        since, self.since = self.since, Since()
         self.writer.write(
             report.step,
             {
@@ -110,11 +132,12 @@ class Metrics(Callback):
                 "tokens": report.step * tokens,
                 "target_tokens": result.num_targets,
                 "images": result.num_images,
-                "tokens_per_second": tokens_per_second,
-                "images_per_second": result.num_images / report.seconds,
-                "mfu": model_flops_utilization(flops, report.seconds, self.world_size, self.peak),
-                "seconds_total": report.seconds,
-                **seconds,
+                "image_text_ratio": slots / result.num_targets if result.num_targets else None,
+                "tokens_per_second": since.num_steps * tokens / since.seconds,
+                "images_per_second": since.num_images / since.seconds,
+                "mfu": model_flops_utilization(since.flops, since.seconds, self.world_size, self.peak),
+                "seconds_left": left,
+                **self.split.collect(since.num_steps),
                 **report.scalars,
             },
         )

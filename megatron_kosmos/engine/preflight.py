@@ -4,18 +4,20 @@ from megatron_kosmos.config import ConfigError, RunConfig
 from megatron_kosmos.data.corpora.corpus import data_fingerprint
 from megatron_kosmos.data.loading.heldout_split import refuse_overlap
 from megatron_kosmos.data.tokenization.tokenizer import KosmosTokenizer
+from megatron_kosmos.observability.trackers import check_trackers_installed
 from megatron_kosmos.optim.installed import check_installed
 
 
 def check_before_start(run: RunConfig, world_size: int) -> None:
     """Refuse what cannot run before any process group starts.
 
-    Raises ConfigError for a layout or batch that `world_size` doesn't fit, an optimizer whose library is missing, a
-    vocabulary smaller than the tokenizer's and a prompt that leaves no room for captions, DataError for a tokenizer or
-    corpora that aren't there or don't belong together.
+    Raises ConfigError for a layout or batch that `world_size` doesn't fit, an optimizer or a tracker whose library is
+    missing, a vocabulary smaller than the tokenizer's and a prompt that leaves no room for captions, DataError for a
+    tokenizer or corpora that aren't there or don't belong together.
     """
     run.data_parallel_size(world_size)
     check_installed(run.optimizer)
+    check_trackers_installed(run.logging)
     tokenizer = KosmosTokenizer.load(run.data.tokenizer)
     if tokenizer.vocab_size > run.model.decoder.vocab_size:
         raise ConfigError(

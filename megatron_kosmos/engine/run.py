@@ -17,6 +17,7 @@ from megatron_kosmos.engine.builder import build_stage
 from megatron_kosmos.engine.callbacks import Checkpointing, Metrics, PackingMetrics, Profiling
 from megatron_kosmos.engine.checkpointing import CheckpointStore
 from megatron_kosmos.engine.heldout import HeldoutEvaluation
+from megatron_kosmos.engine.memory_report import MemoryReport
 from megatron_kosmos.engine.reading import PLANS, failing_together, geometry_of, read_together
 from megatron_kosmos.engine.stragglers import StragglerReport
 from megatron_kosmos.engine.supervision import Supervision
@@ -24,6 +25,7 @@ from megatron_kosmos.engine.train_step import StepRunner
 from megatron_kosmos.engine.trainable import trainable_text
 from megatron_kosmos.engine.trainer import Callback, Trainer
 from megatron_kosmos.observability.metrics import MetricsWriter
+from megatron_kosmos.observability.trackers import open_trackers
 from megatron_kosmos.parallel.agreement import number_of_rank_0
 from megatron_kosmos.parallel.topology import Topology, build_topology
 
@@ -58,7 +60,7 @@ def train(run: RunConfig, device: torch.device, supervision: Supervision | None 
     with failing_together(topology, interruption):
         loader = _loader(run, topology)
         packing = loader.packing_report()
-        writer = MetricsWriter(run.run_dir, first_step + 1) if dist.get_rank() == 0 else None
+        writer = MetricsWriter(run.run_dir, first_step + 1, open_trackers(run)) if dist.get_rank() == 0 else None
     heartbeat.enter("planning the run")
     if dist.get_rank() == 0:
         logger.info("%s", packing)
@@ -80,7 +82,8 @@ def _callbacks(
     run: RunConfig, runner: StepRunner, writer: MetricsWriter | None, first_step: int, packing: PackingReport
 ) -> list[Callback]:
     """Return what happens after each step, but for checkpoints. `writer`: on rank 0."""
-    callbacks = [StragglerReport(run, runner.topology.device), HeldoutEvaluation(run, runner, writer)]
+    device = runner.topology.device
+    callbacks = [StragglerReport(run, device), MemoryReport(run, device), HeldoutEvaluation(run, runner, writer)]
     if run.logging.profile_steps is not None:
         callbacks.append(Profiling(run, first_step, dist.get_rank()))
     if writer is not None:

@@ -62,6 +62,7 @@ class Trainer:
                 microbatches = self._next(batches, step)
                 self._step(step, microbatches, started)
         finally:
+            self.runner.heartbeat.enter("ending")
             for callback in self.callbacks:
                 callback.close()
 

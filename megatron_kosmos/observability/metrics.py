@@ -1,4 +1,4 @@
-"""A run's numbers over time: one JSON object a step in metrics.jsonl, the same scalars and pictures in TensorBoard.
+"""A run's numbers over time: one JSON object a step in metrics.jsonl, the same scalars in TensorBoard and in trackers.
 
 Shape letters: I images, S image side in pixels.
 """
@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from megatron_kosmos.observability.captions import render_card, to_picture
+from megatron_kosmos.observability.trackers import TrackerThread
 
 Scalar = float | int | None
 
@@ -26,11 +27,26 @@ GROUPS: Final = {
     "images": "data/images",
     "packing_efficiency": "data/packing_efficiency",
     "documents_cut": "data/documents_cut",
+    "image_text_ratio": "data/image_text_ratio",
+    "target_tokens": "data/target_tokens",
     "tokens_per_second": "speed/tokens_per_second",
     "images_per_second": "speed/images_per_second",
     "mfu": "speed/mfu",
+    "seconds_left": "speed/seconds_left",
 }
-GROUP_PREFIXES: Final = ("loss", "heldout", "seconds", "rank")
+GROUP_PREFIXES: Final = ("loss", "heldout", "seconds", "share", "rank", "memory")
+LAYOUT: Final = {
+    "loss": {
+        "by source": ["Multiline", ["^loss/.*"]],
+        "held out": ["Multiline", ["^heldout/loss_.*"]],
+    },
+    "time": {
+        "share of each part of a step": ["Multiline", ["^share/.*"]],
+        "ranks: worst and median": ["Multiline", ["^rank/seconds_.*"]],
+    },
+    "memory": {"largest of the ranks, bytes": ["Multiline", ["^memory/.*"]]},
+}
+"""TensorBoard's custom scalars: curves that belong into one picture, by patterns over tags."""
 
 
 def tensorboard_tag(name: str) -> str:
@@ -53,12 +69,15 @@ class MetricsWriter:
     Raises MetricsError where what is there is damaged.
     """
 
-    def __init__(self, run_dir: Path, first_step: int = 0) -> None:
+    def __init__(self, run_dir: Path, first_step: int = 0, trackers: Sequence[TrackerThread] = ()) -> None:
+        """`trackers` get the same scalars, and are closed with this."""
         run_dir.mkdir(parents=True, exist_ok=True)
         self.path = run_dir / "metrics.jsonl"
         self._last_step = drop_steps_from(self.path, first_step)
         self._file = self.path.open("a", encoding="utf-8")
         self._tensorboard = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step)
+        self._tensorboard.add_custom_scalars(LAYOUT)
+        self._trackers = trackers
 
     def __enter__(self) -> Self:
         return self
@@ -84,9 +103,11 @@ class MetricsWriter:
         self._file.write(json.dumps(line, allow_nan=False) + "\n")
         self._file.flush()
         self._last_step = step
-        for name, value in scalars.items():
-            if value is not None:
-                self._tensorboard.add_scalar(tensorboard_tag(name), value, step)
+        points = {tensorboard_tag(name): value for name, value in scalars.items() if value is not None}
+        for tag, value in points.items():
+            self._tensorboard.add_scalar(tag, value, step)
+        for tracker in self._trackers:
+            tracker.log(step, points)
 
     def images_with_captions(self, tag: str, step: int, images: Tensor, captions: Sequence[str]) -> None:
         """Show `images` [I, 3, S, S], normalized as in a `MultimodalBatch`, in TensorBoard with a caption beneath each.
@@ -105,6 +126,8 @@ class MetricsWriter:
         """Write what is pending and close both files."""
         self._file.close()
         self._tensorboard.close()
+        for tracker in self._trackers:
+            tracker.close()
 
 
 def drop_steps_from(path: Path, first_step: int) -> int:

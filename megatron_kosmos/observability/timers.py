@@ -40,3 +40,22 @@ class Timers:
         collected = {f"seconds_{name}": self._seconds[name] for name in SECTIONS if name in self._seconds}
         self._seconds.clear()
         return collected
+
+
+class TimeSplit:
+    """Where the wall-clock time between two lines of metrics goes; the parts add up to the whole."""
+
+    def __init__(self, timers: Timers) -> None:
+        self._timers, self._since = timers, perf_counter()
+
+    def collect(self, num_steps: int) -> dict[str, float]:
+        """Return means a step since the last call, over `num_steps`, and each part's share of the whole.
+
+        `seconds_total` is all of the time, evaluation and saves included; `seconds_other` what no section has.
+        """
+        now = perf_counter()
+        total, self._since = now - self._since, now
+        seconds = self._timers.collect()
+        seconds["seconds_other"] = max(0.0, total - sum(seconds.values()))
+        shares = {name.replace("seconds", "share", 1): value / total for name, value in seconds.items()}
+        return {name: value / num_steps for name, value in ({"seconds_total": total} | seconds).items()} | shares

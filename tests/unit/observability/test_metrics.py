@@ -1,6 +1,7 @@
 """metrics.jsonl is strict JSON with every step once, also after a resume, and TensorBoard shows the same numbers."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -100,6 +101,8 @@ def test_a_broken_line_is_named_and_nothing_is_lost(tmp_path: Path) -> None:
         ("seconds_forward_backward", "seconds/forward_backward"),
         ("tokens_per_second", "speed/tokens_per_second"),
         ("lr", "optimizer/lr"),
+        ("share_forward_backward", "share/forward_backward"),
+        ("memory_host_peak", "memory/host_peak"),
         ("skipped_documents", "other/skipped_documents"),
     ],
 )
@@ -139,3 +142,13 @@ def test_a_card_holds_the_picture_above_the_whole_caption() -> None:
         assert not ink[:, -2:].any(), "text runs out of the card's right side"
         assert not ink[-2:].any(), "text runs out of the card's bottom"
     assert long.shape[0] > short.shape[0]
+
+
+def test_tensorboard_draws_what_belongs_together_into_one_picture(tmp_path: Path) -> None:
+    with MetricsWriter(tmp_path) as writer:
+        writer.write(1, {"share_data": 0.25, "share_step": 0.75, "loss_text": 4.0})
+    events = read_tensorboard(tmp_path)
+    (layout,) = events.Tensors("custom_scalars__config__")
+    patterns = re.findall(rb"\^[a-z_]+/[.*a-z_]+", layout.tensor_proto.string_val[0])
+    drawn = {tag for tag in events.Tags()["scalars"] for pattern in patterns if re.match(pattern.decode(), tag)}
+    assert drawn == {"share/data", "share/step", "loss/text"}

@@ -121,6 +121,10 @@ def test_training_on_corpora_is_that_of_one_process(make_run: MakeRun) -> None:
             {name: theirs.get(name) or 0.0 for name in names}, rel=1e-4
         )
         assert ours.get("heldout_caption_exact_match") == theirs.get("heldout_caption_exact_match")
+        assert ours["image_text_ratio"] == ours["images"] * LATENTS / ours["target_tokens"]
+        assert sum(share for name, share in ours.items() if name.startswith("share_")) == pytest.approx(1)
+        assert ours["memory_host_peak"] > 2**20
+    assert metrics[-1]["seconds_left"] == 0 < metrics[0]["seconds_left"]
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
