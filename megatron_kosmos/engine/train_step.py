@@ -5,6 +5,7 @@ they fall on. N is known before the first forward pass, so each microbatch retur
 averages that the schedule and DeepSpeed take give sum / N.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -53,7 +54,7 @@ class StepResult:
 
     sums: LossSums
     grad_norm: float
-    """Global norm before clipping; 0 for a step without targets."""
+    """Global norm before clipping; 0 for a step without targets, NaN for one that was skipped."""
     learning_rate: float
     num_targets: int
     num_images: int
@@ -61,6 +62,11 @@ class StepResult:
     """Pairs of a query and a key that each decoder layer's attention computes, over all data ranks."""
     compute_seconds: float
     """This rank's own forward and backward passes (`ComputeTimer`)."""
+
+    @property
+    def is_skipped(self) -> bool:
+        """Whether loss or gradients were not finite, on some rank: the weights are then as before, on every rank."""
+        return not math.isfinite(self.grad_norm)
 
 
 class StepRunner:
@@ -81,7 +87,8 @@ class StepRunner:
     def train(self, step: int, microbatches: Sequence[MultimodalBatch]) -> StepResult:
         """Take optimizer step `step` on this data rank's `microbatches` (the same number on every rank).
 
-        A step without a target token anywhere leaves the weights alone.
+        A step without a target token anywhere leaves the weights alone, and so does one with a loss or gradient that
+        is not finite.
         """
         num_targets, num_images, num_pairs = self._count(microbatches)
         for chunk in self.stage.chunks:
@@ -162,7 +169,9 @@ class StepRunner:
             output = self._module(chunk)(batch)
 
             def loss(losses: TokenLosses) -> tuple[Tensor, dict[str, Tensor]]:
-                return losses.total * scale, {"sums": _sums_by_source(losses.each_BT, batch)}
+                # The factor of a total that is not finite is NaN, so that the gradients, which might be finite, tell.
+                factor = scale + 0.0 * losses.total.detach()
+                return losses.total * factor, {"sums": _sums_by_source(losses.each_BT, batch)}
 
             return output, loss
 
@@ -182,13 +191,14 @@ class StepRunner:
         return num_targets, num_images, num_pairs
 
     def _reduce(self, outputs: Sequence[dict[str, Tensor]]) -> LossSums:
-        """Add up the microbatches' sums of the last stage: all-reduce over the data ranks, broadcast to all stages."""
+        """Add up the microbatches' sums of the last stage's first tensor ranks. All-reduce over all ranks.
+
+        So all ranks decide by the same numbers, even if a faulty tensor rank has others.
+        """
         sums = torch.zeros(2, len(SOURCE_KINDS), dtype=torch.float64, device=self.topology.device)
-        if self.topology.is_last_stage:
+        if self.topology.is_last_stage and self.topology.tp_rank == 0:
             sums += torch.stack([output["sums"] for output in outputs]).sum(0)
-            dist.all_reduce(sums, group=self.topology.dp_group)
-        if self.topology.pp_size > 1:
-            dist.broadcast(sums, group_src=self.topology.pp_size - 1, group=self.topology.pp_group)
+        dist.all_reduce(sums)
         losses, targets = sums.tolist()
         return LossSums(
             dict(zip(SOURCE_KINDS, losses, strict=True)),

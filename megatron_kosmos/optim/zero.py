@@ -82,6 +82,8 @@ class ZeroOptimizer:
         self.state = OptimizerState(self.adamw, self.optimizer, self.stage, topology)
         if self.stage == 0:
             self._keep_norm_of_plain_optimizer()
+        elif self.stage >= 2 and topology.tp_size > 1:
+            self._look_at_every_gradient()
 
     @property
     def module_to_run(self) -> nn.Module | None:
@@ -111,14 +113,16 @@ class ZeroOptimizer:
     def step(self, step: int) -> tuple[float, float]:
         """Reduce, clip and update the weights; return (gradient norm before clipping, learning rate).
 
-        The learning rate is the schedule's; a group's is that times its scale.
+        The learning rate is the schedule's; a group's is that times its scale. If any gradient of any rank is not
+        finite, nothing is changed and the norm is NaN, on every rank.
         """
         rate = learning_rate(self.run.optimizer, step, self.run.training.steps)
         for group in self.adamw.param_groups:
             group["lr"] = rate * group[LEARNING_RATE_SCALE]
+        if self.stage <= 1:
+            self._let_norm_see_all()
         self.engine.step()
-        norm = float(self.engine.get_global_grad_norm())
-        return math.nan if norm < 0 else norm, rate  # DeepSpeed writes -1 for what is not finite
+        return float(self.engine.get_global_grad_norm()) if self.engine.was_step_applied() else math.nan, rate
 
     def drop_gradients(self) -> None:
         """Forget the accumulated gradients: the step is skipped."""
@@ -130,9 +134,29 @@ class ZeroOptimizer:
             return False
         return tp_rank == 0 or bool(is_model_parallel_parameter(parameter))
 
+    def _let_norm_see_all(self) -> None:
+        """Make a gradient that is in the norm NaN where one of this rank that is not in it is not finite.
+
+        The norm is all that tells the ranks of each other, and what tensor ranks hold alike is in it once.
+        """
+        counted, others = [], []
+        for parameter in self.parameters:
+            if (gradient := self.gradient_of(parameter)) is not None:
+                (counted if self._counts_in_norm(parameter, self.topology.tp_rank) else others).append(gradient)
+        if others:
+            first = counted[0]
+            first[(0,) * first.dim()] += 0.0 * torch.stack(torch._foreach_norm(others)).sum()  # 0, or NaN
+
+    def _look_at_every_gradient(self) -> None:
+        """Let DeepSpeed look for what is not finite in all gradients and not only in the norm, as it does for fp16."""
+        if self.stage == 2:
+            self.optimizer.check_grad_overflow = True
+        else:
+            self.optimizer._overflow_check_and_loss_scale_update = lambda update_scale: self.optimizer.check_overflow()
+
     def _keep_norm_of_plain_optimizer(self) -> None:
         """Without ZeRO, DeepSpeed 0.19.8 clips by a norm that leaves out what later pipeline stages replicate, and
-        forgets it (`clip_fp32_gradients`): count each parameter once, and keep the norm."""
+        forgets it (`clip_fp32_gradients`): count each parameter once, keep the norm, and update only if it is finite."""
 
         def clip_and_keep() -> None:
             counted = [
@@ -141,10 +165,11 @@ class ZeroOptimizer:
                 if parameter.grad is not None and self._counts_in_norm(parameter, self.topology.tp_rank)
             ]
             norm = torch.as_tensor(get_global_norm_of_tensors(counted, mpu=self.engine.mpu))
-            # Clipping by the -1 that stands for what is not finite would turn every gradient around.
-            norm = torch.where(norm < 0, torch.nan, norm)
-            clip_grads_with_norm_(self.parameters, self.engine.gradient_clipping(), norm)
-            self.engine._global_grad_norm = norm
+            self.engine._global_grad_norm = torch.where(norm < 0, torch.nan, norm)  # -1: it is not finite
+            if norm < 0:
+                self.engine.zero_grad()  # AdamW passes over parameters without a gradient
+            else:
+                clip_grads_with_norm_(self.parameters, self.engine.gradient_clipping(), norm)
 
         self.engine.clip_fp32_gradients = clip_and_keep
 
