@@ -101,6 +101,7 @@ def _train_together(run: RunConfig, rank: int, world_size: int, interruption: "I
     from rich.console import Console
 
     from megatron_kosmos.checkpoint.errors import CheckpointError, SavingFailed
+    from megatron_kosmos.engine.health import Unhealthy
     from megatron_kosmos.engine.interruption import Interrupted
     from megatron_kosmos.engine.reading import ReadingFailed
     from megatron_kosmos.engine.run import Supervision
@@ -125,7 +126,7 @@ def _train_together(run: RunConfig, rank: int, world_size: int, interruption: "I
         end = _End("interrupted", EXIT_INTERRUPTED, f"{error}; started again, it goes on from there")
     except SavingFailed as error:
         end = _End(None, 1, str(error))
-    except (CheckpointError, ReadingFailed) as error:
+    except (CheckpointError, ReadingFailed, Unhealthy) as error:
         end = _End("refused", 1, str(error))
     if rank == 0:
         end.tell(run.run_dir)

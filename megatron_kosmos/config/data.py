@@ -1,6 +1,6 @@
 """Where the tokens come from: tokenizer, prepared corpora and their weights."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
@@ -106,6 +106,17 @@ class DataConfig(StrictModel):
                 )
             end = last
         return self
+
+
+def join_stretches(stretches: Iterable[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
+    """Return `stretches` [first, last] in order, those that overlap as one: what `skip_steps` may be."""
+    joined: list[tuple[int, int]] = []
+    for first, last in sorted(stretches):
+        if joined and first <= joined[-1][1]:
+            joined[-1] = joined[-1][0], max(last, joined[-1][1])
+        else:
+            joined.append((first, last))
+    return tuple(joined)
 
 
 def data_step(step: int, skip_steps: Sequence[Sequence[int]]) -> int:

@@ -102,6 +102,8 @@ class RunConfig(StrictModel):
                 f"parallel.tensor_parallel_size={parallel.tensor_parallel_size}"
             )
         self._check_chunk_layers()
+        if self.health.on_spike == "roll_back" and not self.checkpoint.every:
+            raise ValueError("health.on_spike=roll_back goes back to a checkpoint: set checkpoint.every")
         if parallel.zero_stage == 0 and self.training.precision == "bf16":
             raise ValueError(
                 "parallel.zero_stage=0 keeps no fp32 masters beside training.precision=bf16; use zero_stage 1, which "

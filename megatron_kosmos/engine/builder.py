@@ -55,7 +55,8 @@ def build_stage(
     for chunk in chunks:
         chunk.to(topology.device)
     names = {one.parameter: one.name for chunk in chunks for one in named_parameters(chunk)}
-    stage = Stage(chunks, ZeroOptimizer(chunks, names, _tied_weight(names), run, topology), tuple(weights))
+    optimizer = ZeroOptimizer(chunks, names, _tied_weight(names), run, topology)
+    stage = Stage(chunks, optimizer, tuple(weights), {} if snapshot is None else snapshot.state)
     if snapshot is None:
         return stage, 0
     restore_optimizer(stage, snapshot)

@@ -1,7 +1,7 @@
 """What happens beside the training: evaluation, checkpoints, metrics and profiles."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -25,13 +25,16 @@ from megatron_kosmos.prompt import SOURCE_KINDS
 logger = logging.getLogger(__name__)
 
 
+StateOf = Callable[[], Mapping[str, JSON]]
+
+
 class Checkpointing(Callback):
     """Saves at intervals, at the end, and where the run is interrupted."""
 
     def __init__(
-        self, run: RunConfig, runner: StepRunner, store: CheckpointStore, state: Mapping[str, JSON], first_step: int = 0
+        self, run: RunConfig, runner: StepRunner, store: CheckpointStore, state: StateOf, first_step: int = 0
     ) -> None:
-        """`state` goes into every checkpoint's JSON; after `first_step` steps there is nothing new to save.
+        """What `state` gives goes into a checkpoint's JSON; after `first_step` steps there is nothing new to save.
 
         Raises CheckpointError on every rank alike.
         """
@@ -58,7 +61,7 @@ class Checkpointing(Callback):
             self.saver.background.wait()
 
     def _save(self, step: int) -> None:
-        self.saver.save(step, self.state)
+        self.saver.save(step, self.state())
         self.saved_step = step
 
     def close(self) -> None:

@@ -16,9 +16,11 @@ from megatron_kosmos.data.packing.report import PackingReport
 from megatron_kosmos.engine.builder import build_stage
 from megatron_kosmos.engine.callbacks import Checkpointing, Metrics, PackingMetrics, Profiling
 from megatron_kosmos.engine.checkpointing import CheckpointStore
+from megatron_kosmos.engine.health import EndOfHealth, HealthMonitor, History
 from megatron_kosmos.engine.heldout import HeldoutEvaluation
 from megatron_kosmos.engine.memory_report import MemoryReport
 from megatron_kosmos.engine.reading import PLANS, failing_together, geometry_of, read_together
+from megatron_kosmos.engine.rollbacks import without_spikes
 from megatron_kosmos.engine.stragglers import StragglerReport
 from megatron_kosmos.engine.supervision import Supervision
 from megatron_kosmos.engine.train_step import StepRunner
@@ -37,7 +39,8 @@ def train(run: RunConfig, device: torch.device, supervision: Supervision | None 
 
     Raises, on every rank alike: ConfigError where `optimizer.groups` doesn't fit the model, CheckpointError where the
     checkpoint holds another model or other data, SavingFailed for one that cannot be written, ReadingFailed for corpora
-    or metrics that a rank cannot read, Interrupted when one rank was asked to stop; a checkpoint is then whole.
+    or metrics that a rank cannot read, Unhealthy where it would go on badly, Interrupted when one rank was asked to
+    stop, with a whole checkpoint, and where the loss jumped and it is to go back to the newest.
     """
     supervision = supervision or Supervision()
     interruption, heartbeat = supervision.interruption, supervision.heartbeat
@@ -45,6 +48,7 @@ def train(run: RunConfig, device: torch.device, supervision: Supervision | None 
     if supervision.watchdog is not None:
         supervision.watchdog.join(number_of_rank_0(time.time_ns(), device), dist.get_world_size())
     store = CheckpointStore(run.run_dir / CHECKPOINTS, topology, run.checkpoint.keep_last, run.checkpoint.keep_every)
+    run = without_spikes(run, store.mesh)
     with failing_together(topology, interruption):
         data = data_fingerprint(run.data)
     heartbeat.enter("building the model")
@@ -66,10 +70,18 @@ def train(run: RunConfig, device: torch.device, supervision: Supervision | None 
         logger.info("%s", packing)
     if writer is not None:
         save_config(run, run.run_dir / "config.yaml")
-    callbacks = _callbacks(run, runner, writer, first_step, packing)
-    # Last, so that no checkpoint is there before the metrics of its step: a run that is killed has every step's once.
+    history = History.of_checkpoint(stage.checkpoint, run.health.spike_window)
     state: dict[str, JSON] = {"config": run.model_dump(mode="json"), "data": data}
-    callbacks.append(Checkpointing(run, runner, store, state, first_step))
+    checkpointing = Checkpointing(run, runner, store, lambda: {**state, "health": history.to_json()}, first_step)
+    monitor = HealthMonitor(run, history, checkpointing, loader)
+    # Checkpoints last, so that none is there before the metrics of its step: a killed run has every step's once.
+    callbacks = [
+        *_evaluations(run, runner, writer, first_step),
+        monitor,
+        *_metrics(run, runner, writer, first_step, packing),
+        EndOfHealth(run, monitor),
+        checkpointing,
+    ]
     read = read_together(loader.steps(first_step, run.training.steps), topology, interruption, runner.timers)
     with closing(read) as steps:
         Trainer(run, runner, callbacks).train(first_step, steps)
@@ -78,18 +90,26 @@ def train(run: RunConfig, device: torch.device, supervision: Supervision | None 
         logger.warning("%d pictures did not decode and were shown blank", loader.num_bad_images)
 
 
-def _callbacks(
-    run: RunConfig, runner: StepRunner, writer: MetricsWriter | None, first_step: int, packing: PackingReport
-) -> list[Callback]:
-    """Return what happens after each step, but for checkpoints. `writer`: on rank 0."""
+def _evaluations(run: RunConfig, runner: StepRunner, writer: MetricsWriter | None, first_step: int) -> list[Callback]:
+    """Return what measures after each step. `writer`: on rank 0."""
     device = runner.topology.device
-    callbacks = [StragglerReport(run, device), MemoryReport(run, device), HeldoutEvaluation(run, runner, writer)]
+    callbacks: list[Callback] = [
+        StragglerReport(run, device),
+        MemoryReport(run, device),
+        HeldoutEvaluation(run, runner, writer),
+    ]
     if run.logging.profile_steps is not None:
         callbacks.append(Profiling(run, first_step, dist.get_rank()))
-    if writer is not None:
-        callbacks.append(PackingMetrics(run, packing))
-        callbacks.append(Metrics(run, runner, writer, dist.get_world_size(), first_step))
     return callbacks
+
+
+def _metrics(
+    run: RunConfig, runner: StepRunner, writer: MetricsWriter | None, first_step: int, packing: PackingReport
+) -> list[Callback]:
+    """Return what writes the numbers of each step, on rank 0."""
+    if writer is None:
+        return []
+    return [PackingMetrics(run, packing), Metrics(run, runner, writer, dist.get_world_size(), first_step)]
 
 
 def _loader(run: RunConfig, topology: Topology) -> StepLoader:

@@ -1,6 +1,8 @@
 """The part of the model that one rank trains."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 from megatron_kosmos.engine.trainable import Weight
 from megatron_kosmos.model.kosmos import KosmosModel
@@ -16,6 +18,8 @@ class Stage:
     optimizer: ZeroOptimizer
     weights: tuple[Weight, ...]
     """What the whole model holds, over all stages."""
+    checkpoint: Mapping[str, Any] = field(default_factory=dict)
+    """JSON of the checkpoint that it goes on from; empty from the start."""
 
     @property
     def named(self) -> list[NamedParameter]:

@@ -139,7 +139,8 @@ class ZeroOptimizer:
 
         The norm is all that tells the ranks of each other, and what tensor ranks hold alike is in it once.
         """
-        counted, others = [], []
+        counted: list[Tensor] = []
+        others: list[Tensor] = []
         for parameter in self.parameters:
             if (gradient := self.gradient_of(parameter)) is not None:
                 (counted if self._counts_in_norm(parameter, self.topology.tp_rank) else others).append(gradient)
@@ -156,7 +157,7 @@ class ZeroOptimizer:
 
     def _keep_norm_of_plain_optimizer(self) -> None:
         """Without ZeRO, DeepSpeed 0.19.8 clips by a norm that leaves out what later pipeline stages replicate, and
-        forgets it (`clip_fp32_gradients`): count each parameter once, keep the norm, and update only if it is finite."""
+        forgets it (`clip_fp32_gradients`): count each parameter once, keep the norm, update only if it is finite."""
 
         def clip_and_keep() -> None:
             counted = [

@@ -216,7 +216,7 @@ def checkpoints_after_each_step(root: Path) -> list[list[str]]:
     topology = build_topology(run.parallel, CPU)
     stage, _ = build_stage(run, topology)
     store = CheckpointStore(root, topology, keep_last=1, keep_every=2)
-    saving = Checkpointing(run, runner := StepRunner(run, stage, topology), store, {})
+    saving = Checkpointing(run, runner := StepRunner(run, stage, topology), store, dict)
     result = runner.train(0, rank_batches(0, "tttt", topology))
     listed = []
     for step in range(1, 6):

@@ -1,4 +1,4 @@
-"""A step whose loss or gradients are not finite on one rank is no step on any rank, under every layout and optimizer."""
+"""A step whose loss or gradients are not finite on one rank is no step on any rank, under every layout."""
 
 import math
 from typing import Any

@@ -126,6 +126,13 @@ class StepLoader:
                 self.num_bad_images += len(microbatch.bad_images)
             yield [microbatch.unwrap() for microbatch in step]
 
+    def origins(self, step: int) -> Iterator[dict[str, Any]]:
+        """Yield, for each sample of all ranks in `step`: its global index, and the corpus and documents it is of."""
+        first = data_step(step, self._data.skip_steps) * self._geometry.global_batch_size
+        for index in range(first, first + self._geometry.global_batch_size):
+            corpus, documents = self._mixture.documents(index)
+            yield {"sample": index, "corpus": str(self._data.train[corpus].prefix), "documents": documents}
+
     @property
     def mixture(self) -> Mixture:
         """The samples by their global index."""

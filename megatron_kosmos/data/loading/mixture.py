@@ -68,6 +68,11 @@ class Epochs:
         epoch, row = self.locate(number)
         return self._packer.row(self._plan(epoch), row)
 
+    def documents(self, number: int) -> list[int]:
+        """Return the documents in the corpus's row `number`."""
+        epoch, row = self.locate(number)
+        return self._packer.documents_of_row(self._plan(epoch), row)
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -108,6 +113,11 @@ class Mixture:
         """Return the sample with the global `index`. Raises IndexError when all corpora have ended before."""
         corpus, number = self.blend.locate(index)
         return Sample(corpus, self._epochs[corpus].row(number), index)
+
+    def documents(self, index: int) -> tuple[int, list[int]]:
+        """Return the corpus of a sample and its documents there."""
+        corpus, number = self.blend.locate(index)
+        return corpus, self._epochs[corpus].documents(number)
 
     def summaries(self) -> list[PlanSummary]:
         """Return what there is to say about the first epoch of each corpus."""

@@ -100,6 +100,13 @@ class Packer:
         planner = Planner(self.corpus.kind, self.corpus.lengths, places, self._format)
         return planner.plan(order, packing, shuffle)
 
+    def documents_of_row(self, plan: EpochPlan, number: int) -> list[int]:
+        """Return the documents of the corpus that row `number` of `plan` has a part of."""
+        first = int(np.searchsorted(plan.piece_starts, plan.row_starts[number], side="right")) - 1
+        stop = int(np.searchsorted(plan.piece_starts, plan.row_stops[number]))
+        documents: list[int] = plan.documents[first:stop].tolist()
+        return documents
+
     def row(self, plan: EpochPlan, number: int) -> PackedRow:
         """Return row `number` of `plan`. Raises DataError when the corpus contradicts its own index."""
         length = self._format.sequence_length
