@@ -64,7 +64,9 @@ def events(run_dir: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run_dir / "health.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "layout", [pytest.param(name, marks=pytest.mark.nightly if name != "dp2_zero1" else ()) for name in LAYOUTS]
+)
 def test_a_spike_rolls_back_and_passes_over_its_data(layout: str, settings: list[str], tmp_path: Path) -> None:
     """After it the run is, bit for bit, the one that was told to pass over these data from the start."""
     settings = [*settings, *SPIKES, *LAYOUTS[layout]]
@@ -88,6 +90,7 @@ def test_a_spike_rolls_back_and_passes_over_its_data(layout: str, settings: list
     assert series(run_dir) == series(told)
 
 
+@pytest.mark.nightly
 def test_after_the_last_rollback_a_spike_ends_the_run(settings: list[str], tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     life = Life(run_dir, [*settings, *SPIKES, "health.max_rollbacks=0"])
