@@ -138,7 +138,7 @@ class HealthMonitor(Callback):
         try:
             line |= {
                 "data_step": data_step(report.step - 1, self.run.data.skip_steps) + 1,
-                "samples": list(self.loader.origins(report.step - 1)),
+                "samples": self.loader.origins(report.step - 1),
             }
             with path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line, allow_nan=False) + "\n")

@@ -126,12 +126,10 @@ class StepLoader:
                 self.num_bad_images += len(microbatch.bad_images)
             yield [microbatch.unwrap() for microbatch in step]
 
-    def origins(self, step: int) -> Iterator[dict[str, Any]]:
-        """Yield, for each sample of all ranks in `step`: its global index, and the corpus and documents it is of."""
+    def origins(self, step: int) -> list[dict[str, Any]]:
+        """Return, for each sample of all ranks in `step`: its global index, and the corpus and documents it is of."""
         first = data_step(step, self._data.skip_steps) * self._geometry.global_batch_size
-        for index in range(first, first + self._geometry.global_batch_size):
-            corpus, documents = self._mixture.documents(index)
-            yield {"sample": index, "corpus": str(self._data.train[corpus].prefix), "documents": documents}
+        return [self._mixture.origin(index) for index in range(first, first + self._geometry.global_batch_size)]
 
     @property
     def mixture(self) -> Mixture:

@@ -7,6 +7,7 @@ data-parallel ranks and worker processes (docs/decisions/0005).
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 from functools import lru_cache, partial
 
 from megatron_kosmos.config.data import Packing
@@ -114,10 +115,11 @@ class Mixture:
         corpus, number = self.blend.locate(index)
         return Sample(corpus, self._epochs[corpus].row(number), index)
 
-    def documents(self, index: int) -> tuple[int, list[int]]:
-        """Return the corpus of a sample and its documents there."""
+    def origin(self, index: int) -> dict[str, Any]:
+        """Return what to look a sample up by: its global index, and the corpus and documents it is of."""
         corpus, number = self.blend.locate(index)
-        return corpus, self._epochs[corpus].documents(number)
+        prefix = str(self.packers[corpus].corpus.prefix)
+        return {"sample": index, "corpus": prefix, "documents": self._epochs[corpus].documents(number)}
 
     def summaries(self) -> list[PlanSummary]:
         """Return what there is to say about the first epoch of each corpus."""
