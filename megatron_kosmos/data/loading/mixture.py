@@ -7,8 +7,8 @@ data-parallel ranks and worker processes (docs/decisions/0005).
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 from functools import lru_cache, partial
+from typing import Any
 
 from megatron_kosmos.config.data import Packing
 from megatron_kosmos.data.hashing import shuffled
