@@ -16,7 +16,7 @@ _RESOLUTION = 2**16
 def dropout(x: Tensor, p: float, training: bool) -> Tensor:
     """Return `x` with each element zero with probability `p`, the others scaled to the same mean; or `x` itself.
 
-    `p` is rounded to a multiple of 2^-16 on the CPU, the scale with it.
+    `p` is rounded to a multiple of 2^-16 below 1 on the CPU, the scale with it.
     """
     if x.is_cuda or not training or p == 0.0:
         return F.dropout(x, p, training)
@@ -55,4 +55,4 @@ def scale_of_kept(p: float) -> float:
 
 
 def _num_dropped(p: float) -> int:
-    return round(p * _RESOLUTION)
+    return min(round(p * _RESOLUTION), _RESOLUTION - 1)

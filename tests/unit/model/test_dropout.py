@@ -27,6 +27,12 @@ def test_elements_are_zero_or_scaled_and_the_mean_stays(p: float, dtype: torch.d
     assert scale_of_kept(p) == pytest.approx(1 / (1 - p), abs=2**-15)
 
 
+def test_the_highest_probability_keeps_one_draw_in_65536() -> None:
+    p = 1 - 1e-9
+    assert scale_of_kept(p) == 2**16
+    assert dropout(torch.ones(ODD), p, training=True).count_nonzero() < 50
+
+
 def test_every_element_draws_for_itself() -> None:
     torch.manual_seed(2)
     kept = draw_kept(torch.empty(200, 512), 0.5)
