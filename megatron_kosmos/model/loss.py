@@ -61,7 +61,7 @@ class OutputLayer(ColumnParallelLinear):
         weight: Tensor | None,
         targets: tuple[Tensor, Tensor] | None = None,
         columns: slice = slice(None),
-    ) -> Any:
+    ) -> Tensor | TokenLosses:
         """Return the `TokenLosses` of `targets`, labels [B, T] and their mask; without, logits [T, B, V] of `columns`.
 
         Logits are of this rank's ids. `weight` [V, D] stands for the layer's own where embeddings are tied. Under

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_kosmos.batch import MultimodalBatch
 from megatron_kosmos.config import ParallelConfig, RunConfig
@@ -129,24 +130,47 @@ def gradients_without_targets(run: RunConfig) -> list[Tensor]:
 
 @pytest.mark.distributed
 def test_no_gradient_is_computed_where_none_is_wanted() -> None:
-    assert run_ranks(gradients_held, 1) == [[(True, True), (True, False), (False, True), (False, False)]]
+    product = 2 * N * D * PADDED
+    assert run_ranks(operations_of_forward, 1) == [[3 * product, 2 * product, 2 * product, product, product]]
 
 
-def gradients_held() -> list[tuple[bool, bool]]:
-    """Return which gradients of hidden states and weight come of each pair of wishes, and without autograd."""
+def operations_of_forward() -> list[int]:
+    """Return what the losses take by the wishes for gradients of hidden states and weight, and without autograd."""
     topology = build_topology(ParallelConfig(), torch.device("cpu"))
-    came = []
-    for wishes in ((True, True), (True, False), (False, True)):
-        hidden, weight, labels = case(torch.float32, PADDED)
-        hidden.requires_grad_(wishes[0])
-        weight.requires_grad_(wishes[1])
-        total, _ = linear_cross_entropy(hidden, weight, labels, PADDED, topology.tp_group)
-        total.backward()
-        came.append((hidden.grad is not None, weight.grad is not None))
-    hidden.requires_grad_()
-    with torch.no_grad():
-        total, _ = linear_cross_entropy(hidden, weight, labels, PADDED, topology.tp_group)
-    return [*came, (total.requires_grad, total.grad_fn is not None)]
+    wishes = [(True, True, True), (True, False, True), (False, True, True), (False, False, True), (True, True, False)]
+    counts = []
+    for wants_hidden, wants_weight, has_autograd in wishes:
+        hidden, weight, labels = case(torch.bfloat16, PADDED)  # products in fp32 join a sum: torch counts no addmm_
+        hidden.requires_grad_(wants_hidden)
+        weight.requires_grad_(wants_weight)
+        with torch.set_grad_enabled(has_autograd), FlopCounterMode(display=False) as counter:
+            total, _ = linear_cross_entropy(hidden, weight, labels, PADDED, topology.tp_group)
+        counts.append(counter.get_total_flops())
+        assert total.requires_grad == (has_autograd and (wants_hidden or wants_weight))
+    return counts
+
+
+@pytest.mark.distributed
+def test_a_gradient_in_bf16_is_summed_in_fp32() -> None:
+    """Over 600 chunks: a sum in bf16 would stop at 256, where it is too coarse to see another chunk."""
+    (gradient,) = run_ranks(gradient_of_many_chunks, 1)
+    expected = torch.full((PADDED, 1), 600 / PADDED)
+    expected[0] -= 600
+    torch.testing.assert_close(gradient.float(), expected, atol=0.0, rtol=2**-8)
+
+
+def gradient_of_many_chunks() -> Tensor:
+    """Return a weight's gradient where every id is as likely and the first is always right."""
+    topology = build_topology(ParallelConfig(), torch.device("cpu"))
+    weight = torch.zeros(PADDED, 1, dtype=torch.bfloat16, requires_grad=True)
+    labels = torch.zeros(600, dtype=torch.int64)
+    with chunks_of(1, PADDED):
+        total, _ = linear_cross_entropy(
+            torch.ones_like(labels[:, None], dtype=weight.dtype), weight, labels, PADDED, topology.tp_group
+        )
+    total.backward()
+    assert weight.grad is not None
+    return weight.grad
 
 
 ODD_VOCABULARY = {"model__decoder__vocab_size": VOCAB - 1}
