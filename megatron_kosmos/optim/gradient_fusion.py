@@ -14,9 +14,9 @@ from torch import nn
 def accumulate_inside_kernels(chunks: Iterable[nn.Module], optimizer: object) -> None:
     """Give the weights of `chunks` DeepSpeed's sums as `main_grad`, if their layers want it; else do nothing.
 
-    Every trained weight gets one: a tied embedding's sum takes the output projection's gradient from the kernel and
-    the lookup's from DeepSpeed's hook. A weight whose sum stays zero counts as zero in the norm. Raises TypeError for
-    an optimizer other than DeepSpeed's BF16_Optimizer, which alone keeps whole fp32 sums.
+    Every trained weight gets one. The matrices of the vocabulary need none: their gradients come by autograd, the
+    loss's own (`model/loss.py`) and the lookup's. A weight whose sum stays zero counts as zero in the norm. Raises
+    TypeError for an optimizer other than DeepSpeed's BF16_Optimizer, which alone keeps whole fp32 sums.
     """
     if not any(
         getattr(module, "gradient_accumulation_fusion", False) for chunk in chunks for module in chunk.modules()
