@@ -2,7 +2,8 @@
 
 Only matrix products count, two operations a multiply-add. What the hardware does besides does not count: padding of the
 vocabulary, blank images of text-only microbatches. Attention counts the pairs of a query and a key that it
-sees: half of a row's square, and where documents are masked half of the squares of the documents.
+sees: half of a row's square, and where documents are masked half of the squares of the documents. The projection to the
+vocabulary counts every token and does less: in training only tokens with a target go through it.
 
 In a training step a product with a weight costs its forward pass once more where its input needs a gradient, and once
 more where the weight is trained. A product of two activations (attention's scores and weighted values) costs twice its
