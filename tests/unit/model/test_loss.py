@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_kosmos.batch import MultimodalBatch
@@ -157,6 +158,30 @@ def test_a_gradient_in_bf16_is_summed_in_fp32() -> None:
     expected = torch.full((PADDED, 1), 600 / PADDED)
     expected[0] -= 600
     torch.testing.assert_close(gradient.float(), expected, atol=0.0, rtol=2**-8)
+
+
+@pytest.mark.distributed
+def test_no_tensor_holds_the_logits_of_all_targets() -> None:
+    (sizes,) = run_ranks(sizes_of_tensors, 1)
+    assert max(sizes) == 600 < 600 * PADDED
+
+
+def sizes_of_tensors() -> list[int]:
+    """Return how many elements everything has that the losses and gradients of 600 chunks are computed with."""
+    sizes: list[int] = []
+
+    class Watch(TorchDispatchMode):
+        """Sees every tensor that an operation returns."""
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            result = func(*args, **(kwargs or {}))
+            results = result if isinstance(result, tuple) else (result,)
+            sizes.extend(x.numel() for x in results if isinstance(x, Tensor))
+            return result
+
+    with Watch():
+        gradient_of_many_chunks()
+    return sizes
 
 
 def gradient_of_many_chunks() -> Tensor:
