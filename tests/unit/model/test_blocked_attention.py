@@ -9,7 +9,8 @@ from megatron_kosmos.model.blocked_attention import BLOCK, causal_attention_with
 from megatron_kosmos.model.dropout import draw_kept, scale_of_kept
 
 SEED, B, K = 5, 2, 8
-BOUNDS = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 6e-2}
+BOUNDS = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 3.2e-2}
+"""Measured in bf16: 2.5e-2 at most, and 3.9e-2 with probabilities in bf16, which are to be in fp32."""
 LENGTHS = (1, 7, BLOCK, 2 * BLOCK + 9)
 
 
