@@ -49,7 +49,7 @@ def train_plainly(run: RunConfig) -> tuple[Series, dict[str, torch.Tensor]]:
     for step, rate in enumerate(LEARNING_RATES):
         batches = step_batches(step, PATTERN)
         num_targets = sum(batch.num_target_tokens for batch in batches)
-        loss = torch.stack([model(batch).sum() for batch in batches]).sum() / num_targets
+        loss = torch.stack([model(batch).total for batch in batches]).sum() / num_targets
         optimizer.zero_grad()
         loss.backward()
         norm = clip_grad_norm_(named.values(), run.optimizer.clip_grad_norm or float("inf"))

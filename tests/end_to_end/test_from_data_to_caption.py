@@ -47,10 +47,11 @@ def train(*settings: str, processes: int = 2, check: bool = True) -> subprocess.
 
 
 def metrics(run_dir: Path) -> list[dict[str, Any]]:
+    """Return every step's numbers but those that differ from run to run: times, shares of them, memory."""
     lines = (run_dir / "metrics.jsonl").read_text().splitlines()
+    of_the_machine = re.compile(r".*second.*|mfu|rank_slowest|share_.*|memory_.*")
     return [
-        {key: value for key, value in json.loads(line).items() if "second" not in key and key != "mfu"}
-        for line in lines
+        {key: value for key, value in json.loads(line).items() if not of_the_machine.fullmatch(key)} for line in lines
     ]
 
 
