@@ -80,6 +80,7 @@ def _train(config: list[Path], overrides: Sequence[str], rank: int, world_size: 
             _refuse(find_run_dir(config, overrides), error, is_said=rank == 0)
         if is_finished(run):
             if rank == 0:
+                _leave_word(run.run_dir, "finished", "")
                 print(f"kosmos train: {run.run_dir} has all its {run.training.steps} steps: nothing to do")
             return
         if rank == 0:
