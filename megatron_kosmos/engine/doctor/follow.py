@@ -1,6 +1,7 @@
 """The part of every node but the first: it tells what it found, and does what the first one asks."""
 
 import json
+from contextlib import suppress
 from dataclasses import replace
 
 from megatron_kosmos.engine.doctor.meeting import NoMeetingError
@@ -25,7 +26,8 @@ def follow(patient: Patient) -> Findings:
         gathering = replace(Gathering(**order), first_rank=node * patient.wanted.num_workers)
         meeting.tell(f"sums/{node}", SUMS.write(patient.workers.sums(gathering)))
     verdict = _wait_for(patient, "verdict")
-    meeting.tell(f"bye/{node}", "")
+    with suppress(NoMeetingError):  # the first node may be gone by now, and what it found is known
+        meeting.tell(f"bye/{node}", "")
     return Findings(verdict == GOOD, ())
 
 

@@ -22,11 +22,18 @@ _ACTIVATIONS = 0.8
 """Part of a GPU's memory above which the known rest leaves little for activations."""
 
 
+_DRIVER = "driver"
+"""Clusters renew it node by node, and versions of it work together."""
+
+
 @dataclass(frozen=True)
 class Needs:
     """What the run of --config takes, in bytes."""
 
     disk: int
+    """For the newest checkpoints."""
+    disk_at_end: int
+    """With those that are kept for good, too."""
     gpu: int
     """On the fullest rank, without activations."""
     host: int
@@ -49,7 +56,8 @@ def judge_versions(nodes: Sequence[NodeFacts]) -> list[Check]:
             groups = sorted(by_version.items(), key=lambda item: -len(item[1]))
             found = "; ".join(f"{version} on {_names(holders)}" for version, holders in groups)
             remedy = "give every node the same environment: one folder that all see, or one container image"
-            checks.append(Check("versions", Status.BAD, f"{package} differs: {found}", remedy))
+            status = Status.WARN if package == _DRIVER else Status.BAD
+            checks.append(Check("versions", status, f"{package} differs: {found}", remedy))
     if not checks:
         shown = ("python", "torch", "cuda", "nccl", "driver", "megatron-core", "deepspeed", "transformers", "code")
         versions = nodes[0].versions
@@ -176,7 +184,7 @@ def judge_folder(nodes: Sequence[NodeFacts], unseen: Mapping[int, Sequence[int]]
 
     `unseen` has, by node, those whose tokens don't show up on it.
     """
-    need = needs.disk if needs else _LEAST_DISK
+    need, wanted = (needs.disk, needs.disk_at_end) if needs else (_LEAST_DISK, _LITTLE_DISK)
     names = {node.node: node.name for node in nodes}
     checks = [
         Check("run folder", Status.BAD, f"{node.name}: {node.folder.error}", "mount it there, and let this user write")
@@ -194,12 +202,16 @@ def judge_folder(nodes: Sequence[NodeFacts], unseen: Mapping[int, Sequence[int]]
         checks.append(Check("shared folder", Status.BAD, found, remedy))
     elif len(nodes) > 1 and not checks:
         checks.append(Check("shared folder", Status.GOOD, f"each of {len(nodes)} nodes sees what the others write"))
-    reason = f"{decimal(need)} are needed: the checkpoints to keep (checkpoint.keep_last, keep_every) and one more"
+    reason = (
+        f"{decimal(need)} are needed for the checkpoints of checkpoint.keep_last and one more, {decimal(wanted)} are "
+        f"needed until the end, with those of keep_every"
+    )
 
     def status(node: NodeFacts) -> Status:
-        if node.folder.free_bytes + (node.folder.held_bytes if needs else 0) < need:
+        room = node.folder.free_bytes + (node.folder.held_bytes if needs else 0)
+        if room < need:
             return Status.BAD
-        return Status.WARN if needs is None and node.folder.free_bytes < _LITTLE_DISK else Status.GOOD
+        return Status.WARN if room < wanted else Status.GOOD
 
     def tell(node: NodeFacts) -> str:
         held = f", {decimal(node.folder.held_bytes)} in checkpoints" if node.folder.held_bytes else ""

@@ -27,7 +27,7 @@ from tests.distributed.tiny import tiny_run
 
 GB = 10**9
 H100 = DeviceFacts("H100", 80 * GB, 79 * GB, obstacles=(Obstacle.NONE,) * len(LIBRARIES))
-NEEDS = Needs(disk=100 * GB, gpu=40 * GB, host=GB)
+NEEDS = Needs(disk=100 * GB, disk_at_end=500 * GB, gpu=40 * GB, host=GB)
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +98,13 @@ def test_a_node_with_another_version_is_named(nodes: list[NodeFacts], package: s
     assert "on n0, n2" in bad.found
 
 
+def test_another_driver_is_no_reason_to_stop(nodes: list[NodeFacts]) -> None:
+    """Clusters renew drivers node by node, and they work together."""
+    driven = [replace(node, versions={**node.versions, "driver": "570.1"}) for node in nodes]
+    other = altered(driven, 1, versions={**driven[0].versions, "driver": "575.2"})
+    assert only(judge_versions(other), Status.WARN).found == "driver differs: 570.1 on n0, n2; 575.2 on n1"
+
+
 def test_of_many_nodes_the_first_are_named(nodes: list[NodeFacts]) -> None:
     many = [replace(nodes[0], node=number, name=f"n{number}", unfit=("apex 0",)) for number in range(10)]
     bad = only(judge_versions(many), Status.BAD)
@@ -143,7 +150,11 @@ def test_a_disk_that_is_too_small_is_named(nodes: list[NodeFacts]) -> None:
     assert all(check.status == Status.GOOD for check in judge_folder(small, {}, None))
     # A run that goes on has most of its checkpoints already.
     goes_on = altered(nodes, 1, folder=FolderFacts(free_bytes=30 * GB, held_bytes=75 * GB, token="t1"))
-    assert all(check.status == Status.GOOD for check in judge_folder(goes_on, {}, NEEDS))
+    assert only(judge_folder(goes_on, {}, NEEDS), Status.WARN).found == "n1: 30.0 GB free, 75.0 GB in checkpoints"
+    # It can begin, and what is kept for good fills the disk later.
+    warned = only(judge_folder(altered(nodes, 1, folder=FolderFacts(free_bytes=499 * GB)), {}, NEEDS), Status.WARN)
+    assert "500.0 GB are needed until the end" in warned.remedy
+    assert all(check.status == Status.GOOD for check in judge_folder(nodes, {}, NEEDS))
 
 
 def test_a_node_apart_from_the_shared_folder_is_named(nodes: list[NodeFacts]) -> None:
