@@ -65,11 +65,14 @@ class Watchdog:
             idle, last = idle + min(now - last, 2 * self.period), now
             if self.heartbeat.place is not place:
                 place, idle = self.heartbeat.place, 0.0
-        reporting = Thread(target=self._report, args=(idle,), name="watchdog report", daemon=True)
-        reporting.start()
-        reporting.join(REPORT_SECONDS)
-        time.sleep(2 * self.period)  # the first to go breaks the others' connections: not before they too have spoken
-        os._exit(EXIT_CODE)
+        try:
+            reporting = Thread(target=self._report, args=(idle,), name="watchdog report", daemon=True)
+            reporting.start()  # raises where there is no memory left for a thread
+            reporting.join(REPORT_SECONDS)
+            # The first to go breaks the others' connections: not before they too have spoken.
+            time.sleep(2 * self.period)
+        finally:
+            os._exit(EXIT_CODE)
 
     def _talk(self) -> None:
         """Tell the others where this rank is, and hear their alarm."""

@@ -41,6 +41,16 @@ def test_a_rank_that_stands_still_is_ended_with_its_stacks(tmp_path: Path) -> No
     assert RankReport.read(tmp_path / "hang" / "rank_00000.txt") is not None
 
 
+def test_a_rank_without_room_for_another_thread_is_ended(tmp_path: Path) -> None:
+    child = os.fork()
+    if child == 0:
+        Watchdog(tmp_path, 0, 0.05, Heartbeat()).start()
+        threading.stack_size(2**46)  # more than a process may have: no thread starts any more
+        signal.alarm(20)  # fails the test instead of leaving it waiting
+        threading.Event().wait()
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == EXIT_CODE
+
+
 def test_zero_ends_nothing(tmp_path: Path) -> None:
     assert stand_still(tmp_path, 0.0, Heartbeat()) == -signal.SIGKILL
     assert not (tmp_path / "hang").exists()
