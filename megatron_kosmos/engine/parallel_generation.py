@@ -158,7 +158,7 @@ def _load(source: Path, topology: Topology, tokenizer: Path | None) -> tuple[Par
 def _find_checkpoint(source: Path, mesh: CheckpointMesh) -> Path:
     """Return the checkpoint that `source` means: itself, or the newest whole one of a run's folder.
 
-    A collective over `mesh.group`. Raises CheckpointError on every rank alike where there is none.
+    A collective over `mesh.group`. Raises ConversionError on every rank alike where there is none.
     """
     ((is_checkpoint, is_run), *_) = mesh.agree(
         f"looking for a checkpoint at {source}",
@@ -168,7 +168,7 @@ def _find_checkpoint(source: Path, mesh: CheckpointMesh) -> Path:
         return source
     newest = find_latest(source / CHECKPOINTS if is_run else source, mesh)
     if newest is None:
-        raise CheckpointError(f"no whole checkpoint at {source}; give a run's folder or one of its checkpoints/step_*")
+        raise ConversionError(f"no whole checkpoint at {source}; give a run's folder or one of its checkpoints/step_*")
     return newest
 
 

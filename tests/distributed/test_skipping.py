@@ -11,6 +11,7 @@ from megatron_kosmos.config import RunConfig
 from megatron_kosmos.engine.builder import build_stage
 from megatron_kosmos.engine.stage import Stage
 from megatron_kosmos.engine.train_step import StepRunner
+from megatron_kosmos.model.loss import TokenLosses
 from megatron_kosmos.parallel.topology import Topology, build_topology
 from tests.distributed.harness import run_ranks
 from tests.distributed.tiny import rank_batches, tiny_run
@@ -46,8 +47,8 @@ def poison(stage: Stage, where: str) -> list[Any]:
         (weight,) = (named.parameter for named in stage.named if named.name == where)
         return [weight.register_hook(lambda gradient: gradient * torch.nan)]
 
-    def lose(module: torch.nn.Module, inputs: Any, losses_BT: Tensor) -> Tensor:
-        return losses_BT + torch.inf
+    def lose(module: torch.nn.Module, inputs: Any, losses: TokenLosses) -> TokenLosses:
+        return TokenLosses(losses.total + torch.inf, losses.each_BT + torch.inf)
 
     return [stage.chunks[-1].register_forward_hook(lose)]
 
