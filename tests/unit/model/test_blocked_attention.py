@@ -3,10 +3,10 @@
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_kosmos.model.blocked_attention import BLOCK, causal_attention_with_dropout
 from megatron_kosmos.model.dropout import draw_kept, scale_of_kept
+from tests.unit.model.tensor_sizes import TensorSizes
 
 SEED, B, K = 5, 2, 8
 BOUNDS = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 3.2e-2}
@@ -73,18 +73,7 @@ def test_other_calls_drop_other_elements_and_equal_streams_the_same() -> None:
 
 def test_no_tensor_holds_all_queries_by_all_keys() -> None:
     length = 4 * BLOCK
-    sizes: list[int] = []
-
-    class Watch(TorchDispatchMode):
-        """Sees every tensor that an operation returns."""
-
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-            result = func(*args, **(kwargs or {}))
-            results = result if isinstance(result, tuple) else (result,)
-            sizes.extend(x.numel() for x in results if isinstance(x, Tensor))
-            return result
-
     q, k, v, direction = case(length, 2, 2, torch.float32)
-    with Watch():
+    with TensorSizes() as seen:
         causal_attention_with_dropout(q.requires_grad_(), k, v, 0.1).backward(direction)
-    assert max(sizes) == B * 2 * BLOCK * length
+    assert max(seen.sizes) == B * 2 * BLOCK * length

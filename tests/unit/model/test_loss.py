@@ -11,7 +11,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_kosmos.batch import MultimodalBatch
@@ -24,6 +23,7 @@ from megatron_kosmos.model.names import named_parameters
 from megatron_kosmos.parallel.topology import build_topology
 from tests.distributed.harness import run_ranks
 from tests.distributed.tiny import VOCAB, as_seen_by, step_batches, tiny_run
+from tests.unit.model.tensor_sizes import TensorSizes
 
 N, D, PADDED = 11, 6, 32
 REAL_SIZES = (32, 31, 20, 16, 7, 1)
@@ -168,20 +168,9 @@ def test_no_tensor_holds_the_logits_of_all_targets() -> None:
 
 def sizes_of_tensors() -> list[int]:
     """Return how many elements everything has that the losses and gradients of 600 chunks are computed with."""
-    sizes: list[int] = []
-
-    class Watch(TorchDispatchMode):
-        """Sees every tensor that an operation returns."""
-
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-            result = func(*args, **(kwargs or {}))
-            results = result if isinstance(result, tuple) else (result,)
-            sizes.extend(x.numel() for x in results if isinstance(x, Tensor))
-            return result
-
-    with Watch():
+    with TensorSizes() as seen:
         gradient_of_many_chunks()
-    return sizes
+    return seen.sizes
 
 
 def gradient_of_many_chunks() -> Tensor:
